@@ -1,0 +1,199 @@
+"""Train the text-to-image UNet on labelled or captioned images.
+
+accelerate launch train_scripts/train_text_to_image.py --preset blood-28 --dataset_name bloodmnist \
+    --text_encoder model_cards/visbio-blood-28/text_encoder --output_dir runs/blood-28
+The folder OUTPUT_DIR/pipeline loads with `VisBioPipeline.from_pretrained`. Resume with --resume_from_checkpoint latest.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler
+from transformers import AutoModel, AutoTokenizer
+
+from visbio_diffusers import EmbeddingCache, VisBioPipeline, VisBioUNet
+from visbio_diffusers.captions import load_bank
+from visbio_diffusers.checkpoints import save_folder
+from visbio_diffusers.config import TrainConfig, parse, run
+from visbio_diffusers.data import ImageDataset, caption_pools, load_image_dataset, training_batches
+from visbio_diffusers.losses import diffusion_loss, snr_weights
+from visbio_diffusers.training import ema_hook, fit, make_accelerator, make_ema, make_lr_scheduler, make_optimizer
+from visbio_diffusers.validation import validation_hook
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextToImageConfig(TrainConfig):
+    """Train the text-to-image UNet on labelled or captioned images."""
+
+    dataset_name: list[str] = field(
+        default_factory=lambda: ["bloodmnist"],
+        metadata={"help": "MedMNIST flags, .npz, image folders, .parquet or Hub sets; several are mixed"},
+    )
+    dataset_weights: list[float] = field(default_factory=list, metadata={"help": "share of each set; default by size"})
+    image_column: str = field(default="image", metadata={"help": "column of the images"})
+    caption_column: str = field(default="text", metadata={"help": "column of the captions"})
+    label_column: str = field(default="label", metadata={"help": "column of the class labels"})
+    caption_bank: str = field(default="", metadata={"help": "bank (name or .yaml) that turns labels into captions"})
+    captions_per_class: int = field(default=2048, metadata={"help": "distinct captions of each class and subtype"})
+    resolution: int = field(default=28, metadata={"help": "side of the images in pixels"})
+    max_train_samples: int = field(default=0, metadata={"help": "use so many images of each set; 0 uses all"})
+    random_flip: Literal["none", "horizontal", "dihedral"] = field(
+        default="none", metadata={"help": "dihedral adds turns by 90 degrees: for images without an upright position"}
+    )
+    text_encoder: str = field(
+        default="model_cards/visbio-blood-28/text_encoder",
+        metadata={"help": "folder or Hub id of a BERT with its tokenizer, e.g. dmis-lab/biobert-v1.1"},
+    )
+    pretrained_model_name_or_path: str = field(default="", metadata={"help": "pipeline to start from"})
+    unet_config: str = field(default="{}", metadata={"help": "arguments of VisBioUNet as JSON"})
+    prediction_type: Literal["v_prediction", "epsilon", "sample"] = field(
+        default="v_prediction", metadata={"help": "what the UNet predicts"}
+    )
+    caption_dropout: float = field(default=0.1, metadata={"help": "share of empty captions, which guidance needs"})
+    snr_gamma: float = field(default=0.0, metadata={"help": "gamma of the min-SNR loss weight with a floor; 0 is off"})
+    validation_prompts: list[str] = field(
+        default_factory=list, metadata={"help": "prompts to draw during training; default: the classes of the bank"}
+    )
+    num_validation_images: int = field(default=4, metadata={"help": "images of each validation prompt"})
+    validation_steps: int = field(default=500, metadata={"help": "draw every so many optimizer steps; 0 is never"})
+    save_dtype: Literal["fp32", "fp16"] = field(default="fp16", metadata={"help": "dtype of the weights written"})
+
+    def __post_init__(self) -> None:
+        """Check the settings of this script too."""
+        super().__post_init__()
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"caption_dropout must be in [0, 1), got {self.caption_dropout}")
+        try:
+            json.loads(self.unet_config)
+        except ValueError as error:
+            raise ValueError(f"unet_config must be JSON, got {self.unet_config!r}") from error
+
+
+BLOOD_UNET = '{"layers_per_block": 1, "num_transformer_layers": 5}'
+PRESETS = {
+    "tiny": dict(
+        unet_config='{"block_out_channels": [16, 32], "num_transformer_layers": 1, "film_dim": 32}',
+        max_train_samples=64, captions_per_class=8, train_batch_size=8, validation_steps=0, report_to="none",
+    ),
+    "blood-28": dict(
+        unet_config=BLOOD_UNET, random_flip="dihedral", train_batch_size=64, learning_rate=1e-3, lr_scheduler="cosine",
+        lr_warmup_steps=100, adam_beta2=0.99, ema_decay=0.999, max_train_steps=3000, checkpointing_steps=250,
+    ),
+}  # fmt: skip
+
+
+def make_scheduler(config: TextToImageConfig) -> DDIMScheduler:
+    """Return the sampler that is saved with the model; its noise schedule is that of the training."""
+    return DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type=config.prediction_type,
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
+
+
+def load_datasets(config: TextToImageConfig, channels: int) -> list[ImageDataset]:
+    """Load the training split of every set, in one size."""
+    return [
+        load_image_dataset(
+            name,
+            resolution=config.resolution,
+            channels=channels,
+            image_column=config.image_column,
+            caption_column=config.caption_column,
+            label_column=config.label_column,
+            caption_bank=config.caption_bank or None,
+            max_samples=config.max_train_samples or None,
+        )
+        for name in config.dataset_name
+    ]
+
+
+def load_models(config: TextToImageConfig):
+    """Return UNet, text encoder and tokenizer: of a pipeline, or a new UNet for the text encoder."""
+    if config.pretrained_model_name_or_path:
+        pipe = VisBioPipeline.from_pretrained(config.pretrained_model_name_or_path)
+        return pipe.unet.float(), pipe.text_encoder.float(), pipe.tokenizer
+    text_encoder = AutoModel.from_pretrained(config.text_encoder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(config.text_encoder)
+    shape = {"sample_size": config.resolution, "cross_attention_dim": text_encoder.config.hidden_size}
+    return VisBioUNet(**{**shape, **json.loads(config.unet_config)}), text_encoder, tokenizer
+
+
+def main(config: TextToImageConfig) -> int:
+    """Train, and write the pipeline; return the number of the signal that interrupted it, or 0."""
+    accelerator = make_accelerator(config)
+    unet, text_encoder, tokenizer = load_models(config)
+    datasets = load_datasets(config, unet.config.in_channels)
+    caption_fn, captions = caption_pools(datasets, config.captions_per_class, config.seed)
+    with accelerator.main_process_first():
+        embed = EmbeddingCache(["", *captions], text_encoder, tokenizer, Path(config.output_dir, "cache"))
+    images = sum(len(dataset) for dataset in datasets)
+    logger.info(f"{images} images, {len(captions)} captions, UNet of {unet.num_parameters() / 1e6:.2f} M parameters")
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+
+    scheduler = make_scheduler(config)
+    weights = snr_weights(scheduler.alphas_cumprod, config.snr_gamma)
+    optimizer = make_optimizer(unet.parameters(), config)
+    lr_scheduler = make_lr_scheduler(optimizer, config)
+    model, optimizer = accelerator.prepare(torch.compile(unet) if config.compile else unet, optimizer)
+    ema = make_ema(accelerator, unet, config) if config.use_ema else None
+
+    def stream(start: int) -> Iterator[dict]:
+        batches = training_batches(
+            datasets, config.dataset_weights or None, caption_fn, config.train_batch_size, config.seed, start,
+            accelerator.process_index, accelerator.num_processes, config.random_flip, config.dataloader_num_workers,
+        )  # fmt: skip
+        for index, batch in enumerate(batches, start):
+            dropped = np.random.default_rng([config.seed, index, accelerator.process_index, 1])
+            dropped = dropped.random(config.train_batch_size) < config.caption_dropout
+            states, mask = embed(["" if drop else text for drop, text in zip(dropped, batch["captions"])])
+            yield {"pixel_values": batch["pixel_values"], "encoder_hidden_states": states, "mask": mask}
+
+    def loss_fn(model, batch):
+        with accelerator.autocast():
+            states, mask = batch["encoder_hidden_states"], batch["mask"]
+            return diffusion_loss(model, scheduler, batch["pixel_values"], states, mask, weights), {}
+
+    def pipeline() -> VisBioPipeline:
+        bare = accelerator.unwrap_model(model, keep_torch_compile=False)
+        return VisBioPipeline(unet=bare, scheduler=make_scheduler(config), text_encoder=text_encoder, tokenizer=tokenizer)
+
+    hooks = [ema_hook(ema, unet)] if ema else []
+    if config.validation_steps:
+        prompts = config.validation_prompts or default_prompts(datasets)
+        folder = Path(config.output_dir, "validation")
+        hooks.append(
+            validation_hook(
+                accelerator, pipeline, ema, prompts, config.num_validation_images, config.validation_steps, folder
+            )
+        )
+    result = fit(accelerator, model, optimizer, lr_scheduler, stream, loss_fn, config, hooks)
+    if accelerator.is_main_process and not result.signum:
+        pipe = pipeline()
+        if ema:
+            ema.copy_to(pipe.unet.parameters())
+        pipe.to(dtype=torch.float16 if config.save_dtype == "fp16" else torch.float32)
+        save_folder(Path(config.output_dir, "pipeline"), pipe.save_pretrained)
+    accelerator.end_training()
+    return result.signum
+
+
+def default_prompts(datasets: list[ImageDataset]) -> list[str]:
+    """Return the plain caption of every class, or nothing for sets without a bank of one class per image."""
+    banks = [load_bank(dataset.bank) for dataset in datasets if dataset.bank and dataset.labels.ndim == 1]
+    return [bank.plain_caption(label) for bank in banks for label in range(len(bank.class_names))]
+
+
+if __name__ == "__main__":
+    run(main, parse(TextToImageConfig, PRESETS))

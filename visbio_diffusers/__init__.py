@@ -1,0 +1,27 @@
+"""VisBioFusion: text-to-image diffusion models for biology, in Diffusers' terms."""
+
+import importlib
+import sys
+
+from visbio_diffusers.models.unet_visbio import VisBioUNet
+from visbio_diffusers.pipelines.pipeline_visbio import VisBioPipeline
+from visbio_diffusers.registration import register
+
+
+__version__ = "0.1.0.dev0"
+
+_LAZY = {
+    "EmbeddingCache": "text",
+    "load_bank": "captions",
+    "load_image_dataset": "data",
+}
+__all__ = ["VisBioPipeline", "VisBioUNet", *_LAZY]
+
+register(sys.modules[__name__], (VisBioUNet, VisBioPipeline))
+
+
+def __getattr__(name):
+    """Import the rest of the public names when they are first used."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'visbio_diffusers' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"visbio_diffusers.{_LAZY[name]}"), name)

@@ -1,0 +1,124 @@
+"""The one form in which every image set reaches the training and the evaluation: `ImageDataset`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+logger = logging.getLogger(__name__)
+
+KEEP_BYTES = 2**28  # decoded images of a set are kept if all of them fit
+
+
+def fit_image(image: np.ndarray | Image.Image, resolution: int | None = None, channels: int = 3) -> np.ndarray:
+    """Return an image as uint8 RGB or grey array of the wanted size.
+
+    Args:
+        image (`np.ndarray` of shape `(height, width)` or `(height, width, 1 or 3)`, or `PIL.Image.Image`): 8 bits.
+        resolution (`int`, *optional*): side in pixels; the shorter side is resized (antialiased bicubic) to it, then
+            the centre is cropped. `None` keeps the size.
+        channels (`int`): 3 for RGB, 1 for grey.
+
+    Returns:
+        uint8 array of shape `(height, width, channels)`.
+    """
+    if isinstance(image, np.ndarray):
+        image = image[:, :, None] if image.ndim == 2 else image
+        if (resolution is None or image.shape[:2] == (resolution, resolution)) and image.shape[2] in (1, channels):
+            return image if image.shape[2] == channels else np.repeat(image, channels, axis=2)
+        image = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+    image = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
+    if resolution is not None and image.size != (resolution, resolution):
+        image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
+    return np.asarray(image).reshape(image.height, image.width, channels)
+
+
+@dataclass
+class ImageDataset:
+    """Images of one split of one set, with whatever is known about each of them.
+
+    Args:
+        name (`str`): the set, as the user named it.
+        split (`str`): "train", "val", "test" or a split of the user's own.
+        images (`np.ndarray` of shape `(n, height, width[, channels])`, uint8, or a sequence of PIL images): arrays are
+            kept in memory, a sequence decodes on access.
+        labels (`np.ndarray` of shape `(n,)`, int64, or `(n, classes)`, 0/1, *optional*): class of every image.
+        captions (`list[str]`, *optional*): caption of every image.
+        subtypes (`list[str | None]`, *optional*): a finer name than the class, where one is known.
+        class_names (`tuple[str, ...]`, *optional*): in the order of the labels.
+        bank (`str`, *optional*): caption bank that turns labels into captions.
+        licence (`str`, *optional*): licence of the images.
+        resolution (`int`, *optional*), channels (`int`): form of the images in the items, see `fit_image`.
+        kept (`tuple[np.ndarray, np.ndarray]`, *optional*): room for images once decoded, and which ones are.
+    """
+
+    name: str
+    split: str
+    images: np.ndarray | Sequence[Image.Image]
+    labels: np.ndarray | None = None
+    captions: list[str] | None = None
+    subtypes: list[str | None] | None = None
+    class_names: tuple[str, ...] | None = None
+    bank: str | None = None
+    licence: str | None = None
+    resolution: int | None = None
+    channels: int = 3
+    kept: tuple[np.ndarray, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return `image` (uint8, height x width x channels), `label` (int, 0/1 vector, None), `subtype`, `caption`."""
+        label = None if self.labels is None else self.labels[index]
+        return {
+            "image": self._image(index),
+            "label": int(label) if np.ndim(label) == 0 and label is not None else label,
+            "subtype": None if self.subtypes is None else self.subtypes[index],
+            "caption": None if self.captions is None else self.captions[index],
+        }
+
+    def select(self, indices: np.ndarray) -> ImageDataset:
+        """Return the items at `indices` (int array) as a set of its own."""
+        in_memory = isinstance(self.images, np.ndarray)
+        return replace(
+            self,
+            images=np.asarray(self.images[indices]) if in_memory else self.images.select(indices),
+            labels=None if self.labels is None else self.labels[indices],
+            captions=None if self.captions is None else [self.captions[i] for i in indices],
+            subtypes=None if self.subtypes is None else [self.subtypes[i] for i in indices],
+            kept=None,
+        )
+
+    def formatted(self, resolution: int | None, channels: int) -> ImageDataset:
+        """Return the set with items of the given form; arrays in memory are resized now, others on first access."""
+        images = self.images
+        in_memory = isinstance(images, np.ndarray) and not isinstance(images, np.memmap)
+        kept = None
+        if in_memory and resolution is not None and images.shape[1:3] != (resolution, resolution):
+            if resolution >= 2 * images.shape[1]:
+                logger.warning("%s: %d pixel images enlarged to %d", self.name, images.shape[1], resolution)
+            stored = channels if images.ndim == 4 and images.shape[3] == 3 else 1  # grey is spread to RGB on access
+            resized = np.empty((len(images), resolution, resolution, stored), dtype=np.uint8)
+            for index, image in enumerate(images):
+                resized[index] = fit_image(image, resolution, stored)
+            images = resized
+        elif not in_memory and resolution is not None and len(self) * resolution**2 * channels <= KEEP_BYTES:
+            kept = np.zeros((len(self), resolution, resolution, channels), np.uint8), np.zeros(len(self), bool)
+        return replace(self, images=images, resolution=resolution, channels=channels, kept=kept)
+
+    def _image(self, index: int) -> np.ndarray:
+        if self.kept is None:
+            return fit_image(self.images[index], self.resolution, self.channels)
+        pixels, known = self.kept
+        if not known[index]:
+            pixels[index] = fit_image(self.images[index], self.resolution, self.channels)
+            known[index] = True
+        return pixels[index]

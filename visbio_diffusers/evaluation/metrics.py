@@ -1,0 +1,219 @@
+"""Distances, diversity and accuracy of image sets, each with a 95 % confidence interval."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+
+Z_95 = 1.959963984540054  # two-sided 95 % quantile of the standard normal distribution
+
+
+def proportion_interval(successes: int, n: int) -> dict:
+    """Return a share with its Wilson score interval as `dict(value, low, high, n)`.
+
+    Raises:
+        ValueError: if `n` is 0.
+
+    Source: Wilson 1927, Probable inference, the law of succession, and statistical inference.
+    """
+    if n == 0:
+        raise ValueError("a share of 0 images is undefined: give at least one image")
+    share = successes / n
+    centre = (share + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
+    half = Z_95 * math.sqrt(share * (1 - share) / n + Z_95**2 / (4 * n * n)) / (1 + Z_95**2 / n)
+    return {"value": share, "low": max(0.0, centre - half), "high": min(1.0, centre + half), "n": int(n)}
+
+
+def fidelity(predictions: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]) -> dict:
+    """Return the share of images recognised as their label: overall, per class, and the confusion matrix.
+
+    Args:
+        predictions, labels (`np.ndarray` of shape `(n,)`): class indices.
+        class_names (`tuple` of `str`): one name per class index.
+
+    Returns:
+        `dict(overall, per_class, confusion)`; intervals are Wilson's, `confusion[i][j]` counts label i predicted as j.
+    """
+    num_classes = len(class_names)
+    confusion = np.bincount(labels * num_classes + predictions, minlength=num_classes**2)
+    confusion = confusion.reshape(num_classes, num_classes)
+    return {
+        "overall": proportion_interval(int(np.trace(confusion)), len(labels)),
+        "per_class": {
+            name: proportion_interval(int(confusion[i, i]), int(confusion[i].sum()))
+            for i, name in enumerate(class_names)
+            if confusion[i].sum()
+        },
+        "confusion": confusion.tolist(),
+    }
+
+
+def class_weights(labels: np.ndarray, target_labels: np.ndarray) -> np.ndarray:
+    """Weigh the images of one set so that its class shares equal those of another.
+
+    Args:
+        labels (`np.ndarray` of shape `(n,)`): class indices of the set to weigh.
+        target_labels (`np.ndarray` of shape `(m,)`): class indices whose shares are wanted.
+
+    Returns:
+        float64 weights of shape `(n,)` with sum 1; images of classes that the target lacks get 0.
+
+    Raises:
+        ValueError: if the target holds a class that `labels` lacks.
+    """
+    num_classes = int(max(labels.max(), target_labels.max())) + 1
+    counts = np.bincount(labels, minlength=num_classes)
+    target_shares = np.bincount(target_labels, minlength=num_classes) / len(target_labels)
+    missing = np.flatnonzero((target_shares > 0) & (counts == 0))
+    if len(missing):
+        raise ValueError(f"class {missing[0]} has no real images to compare with: leave it out of the evaluated set")
+    return (target_shares / np.maximum(counts, 1))[labels]
+
+
+def weighted_quantile(values: np.ndarray, weights: np.ndarray, quantile: float) -> float:
+    """Return the smallest of `values` below or at which at least the share `quantile` of the weight lies."""
+    order = np.argsort(values)
+    cumulative = np.cumsum(weights[order]) / weights.sum()
+    return float(values[order][min(np.searchsorted(cumulative, quantile), len(values) - 1)])
+
+
+def moments(features: np.ndarray, weights: np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean `(d,)` and the unbiased covariance `(d, d)` of features `(n, d)`, both float64.
+
+    `weights` of shape `(n,)` are relative importances (not counts); `None` weighs all alike, which is `np.cov`.
+    """
+    x = torch.as_tensor(features, dtype=torch.float64)
+    w = torch.full((len(x),), 1 / len(x), dtype=torch.float64) if weights is None else torch.as_tensor(weights)
+    w = (w / w.sum()).to(torch.float64)
+    mean = w @ x
+    centred = x - mean
+    covariance = (centred * w[:, None]).T @ centred / (1 - w.square().sum())
+    return mean, covariance
+
+
+def frechet_distance(
+    mean_a: torch.Tensor, covariance_a: torch.Tensor, mean_b: torch.Tensor, covariance_b: torch.Tensor
+) -> float:
+    """Return the squared Frechet distance of two Gaussians, in squared units of the features.
+
+    Args:
+        mean_a, mean_b (`torch.Tensor` of shape `(d,)`): means.
+        covariance_a, covariance_b (`torch.Tensor` of shape `(d, d)`): symmetric, positive semi-definite.
+
+    Source: Dowson and Landau 1982; |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2). Equals torchmetrics'
+    `FrechetInceptionDistance` on the same features (tests/test_evaluation.py).
+    """
+    values, vectors = torch.linalg.eigh(covariance_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ covariance_b @ root).clamp(min=0).sqrt().sum()
+    trace = covariance_a.trace() + covariance_b.trace() - 2 * cross
+    return float((mean_a - mean_b).square().sum() + trace.clamp(min=0))
+
+
+def frechet_with_floor(
+    features: np.ndarray,
+    floor_features: np.ndarray,
+    reference_features: np.ndarray,
+    reference_weights: np.ndarray,
+    *,
+    floor_weights: np.ndarray | None = None,
+    num_resamples: int = 100,
+    seed: int = 0,
+) -> dict:
+    """Return the Frechet distance of a set to a reference beside that of as many real images, and their ratio.
+
+    Args:
+        features, floor_features (`np.ndarray` of shape `(n, d)`): evaluated images, and as many real ones (the floor).
+        reference_features (`np.ndarray` of shape `(m, d)`) with reference_weights (`(m,)`): what both are compared to.
+        floor_weights (`np.ndarray` of shape `(n,)`, *optional*): when the real ones had to be weighed.
+
+    Returns:
+        `dict(value, floor, ratio)`. Resampling adds bias to this distance, so the bootstrap distribution is moved to
+        the estimate before its 2.5 % and 97.5 % quantiles are read (for the ratio: multiplied onto it).
+    """
+    rng = np.random.default_rng(seed)
+    reference = moments(reference_features, reference_weights)
+    sets = [(features, None), (floor_features, floor_weights)]
+    estimates, resampled = [], []
+    for values, weights in sets:
+        weights = np.full(len(values), 1 / len(values)) if weights is None else weights
+        estimates.append(frechet_distance(*moments(values, weights), *reference))
+        draws = (rng.integers(len(values), size=len(values)) for _ in range(num_resamples))
+        resampled.append([frechet_distance(*moments(values[d], weights[d]), *reference) for d in draws])
+    resampled = np.array(resampled)
+    results = []
+    for value, draws, members in zip(estimates, resampled, sets, strict=True):
+        low, high = np.quantile(draws - draws.mean(), [0.025, 0.975]) + value
+        results.append({"value": value, "low": max(0.0, float(low)), "high": float(high), "n": len(members[0])})
+    ratio = estimates[0] / estimates[1]
+    ratios = resampled[0] / resampled[1]
+    low, high = np.quantile(ratios / ratios.mean(), [0.025, 0.975]) * ratio
+    results.append({"value": ratio, "low": float(low), "high": float(high), "n": len(features)})
+    return dict(zip(("value", "floor", "ratio"), results, strict=True))
+
+
+def mean_pairwise_distance(features: np.ndarray, counts: np.ndarray | None = None) -> float:
+    """Return the mean Euclidean distance of all pairs of different rows of features `(n, d)`, n at least 2.
+
+    `counts` of shape `(n,)` says how often each row was drawn in a bootstrap; pairs of one row with itself never count.
+    """
+    x = torch.as_tensor(features, dtype=torch.float32)
+    c = torch.ones(len(x)) if counts is None else torch.as_tensor(counts, dtype=torch.float32)
+    pairs = c.sum().square() - c.square().sum()
+    return float(c @ torch.cdist(x, x) @ c / pairs)
+
+
+def within_class_distance(
+    features: np.ndarray,
+    labels: np.ndarray,
+    real_features: np.ndarray,
+    real_labels: np.ndarray,
+    class_names: tuple[str, ...],
+    *,
+    num_resamples: int = 200,
+    seed: int = 0,
+) -> dict:
+    """Return how far apart images of one class are, over the same for as many real images: 1 is as diverse as real.
+
+    Args:
+        features, real_features (`np.ndarray` of shape `(n, d)` and `(m, d)`): of generated and real images.
+        labels, real_labels (`np.ndarray` of shape `(n,)` and `(m,)`): class indices.
+
+    Returns:
+        `dict(ratio, per_class)`: the mean over classes of the ratio of mean pairwise distances, with bootstrap
+        intervals over both sets. Classes with fewer than 2 images on either side are left out.
+    """
+    rng = np.random.default_rng(seed)
+    per_class, all_ratios = {}, []
+    for index, name in enumerate(class_names):
+        pair = [features[labels == index], real_features[real_labels == index]]
+        if min(map(len, pair)) < 2:
+            continue
+        draws = np.array([_distance_draws(rows, num_resamples, rng) for rows in pair])  # (2, 1 + num_resamples)
+        ratios = draws[0] / draws[1]
+        low, high = np.quantile(ratios[1:], [0.025, 0.975])
+        per_class[name] = {
+            "value": float(ratios[0]),
+            "low": float(low),
+            "high": float(high),
+            "n": len(pair[0]),
+            "generated": float(draws[0, 0]),
+            "real": float(draws[1, 0]),
+        }
+        all_ratios.append(ratios)
+    mean = np.mean(all_ratios, axis=0)
+    low, high = np.quantile(mean[1:], [0.025, 0.975])
+    overall = {"value": float(mean[0]), "low": float(low), "high": float(high), "n": len(features)}
+    return {"ratio": overall, "per_class": per_class}
+
+
+def _distance_draws(features: np.ndarray, num_resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Return the mean pairwise distance of the rows, followed by its bootstrap resamples."""
+    x = torch.as_tensor(features, dtype=torch.float32)
+    drawn = rng.multinomial(len(x), np.full(len(x), 1 / len(x)), size=num_resamples)
+    counts = torch.as_tensor(np.vstack([np.ones(len(x)), drawn]), dtype=torch.float32)  # (1 + num_resamples, n)
+    pairs = counts.sum(dim=1).square() - counts.square().sum(dim=1)
+    return ((counts @ torch.cdist(x, x) * counts).sum(dim=1) / pairs).numpy()

@@ -1,0 +1,78 @@
+"""Pictures of many images with their captions, and PNG files that are whole or absent."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+
+LINE = 13  # pixels
+GAP = 8  # pixels
+
+
+def contact_sheet(
+    images: Sequence[Image.Image], captions: Sequence[str], columns: int = 8, tile: int = 160, caption_lines: int = 4
+) -> Image.Image:
+    """Return one picture of `images`, enlarged or reduced to tiles, each above its caption.
+
+    Args:
+        images (`Sequence[PIL.Image.Image]`): of any size and mode.
+        captions (`Sequence[str]`): one for each; wrapped, and cut with dots after `caption_lines`.
+        columns (`int`): tiles in a row; fewer if there are fewer images.
+        tile (`int`): longer side of a tile in pixels.
+        caption_lines (`int`): lines kept free below a tile.
+    """
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    height = tile + caption_lines * LINE + GAP
+    sheet = Image.new("RGB", (columns * (tile + GAP), rows * height), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for place, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        left, top = (place % columns) * (tile + GAP) + GAP // 2, (place // columns) * height + GAP // 2
+        scale = tile / max(image.size)
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        resample = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC
+        sheet.paste(image.convert("RGB").resize(size, resample), (left, top))
+        for number, line in enumerate(_wrap(caption, font, tile, caption_lines)):
+            draw.text((left, top + tile + number * LINE), line, fill="black", font=font)
+    return sheet
+
+
+def save_png(image: Image.Image, path: str | Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a PNG beside `path` and rename it, with `metadata` as text chunks, so that no half picture remains.
+
+    Raises:
+        OSError: if the disk is full or the folder not writable.
+    """
+    path = Path(path)
+    info = PngInfo()
+    for key, value in (metadata or {}).items():
+        info.add_itxt(key, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            image.save(file, format="PNG", pnginfo=info)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, max_lines: int) -> list[str]:
+    """Break a caption into lines of a tile's width; what does not fit ends in dots."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > max_lines:
+        lines = [*lines[: max_lines - 1], f"{lines[max_lines - 1]} ..."]
+    return lines

@@ -1,0 +1,62 @@
+"""Losses: tensors in, scalar out."""
+
+import torch
+
+
+def stratified_timesteps(batch_size, num_train_timesteps, device=None):
+    """Return `batch_size` random timesteps (batch,), one in each equal part of the schedule, in random order.
+
+    Each alone is uniform on `0 .. num_train_timesteps - 1`; together they vary less (Kingma et al. 2021, Variational
+    Diffusion Models, appendix I.1).
+    """
+    strata = torch.arange(batch_size, device=device) + torch.rand(batch_size, device=device)
+    timesteps = (strata * (num_train_timesteps / batch_size)).long().clamp(max=num_train_timesteps - 1)
+    return timesteps[torch.randperm(batch_size, device=device)]
+
+
+def snr_weights(alphas_cumprod, snr_gamma, floor=0.1):
+    """Return the weight of the v-prediction loss at each timestep: min-SNR with a floor.
+
+    min(SNR, gamma) / (SNR + 1) falls to 0 at the terminal step of a zero-terminal-SNR schedule, which would leave
+    the first sampling step untrained; the floor keeps it.
+
+    Args:
+        alphas_cumprod (`torch.Tensor` of shape `(num_train_timesteps,)`): of the scheduler.
+        snr_gamma (`float`): 0 gives every timestep weight 1.
+        floor (`float`): smallest weight.
+
+    Returns:
+        `torch.Tensor` of the shape of `alphas_cumprod`.
+
+    Source: Hang et al. 2023, Efficient Diffusion Training via Min-SNR Weighting Strategy, section 3.4.
+    """
+    if snr_gamma == 0:
+        return torch.ones_like(alphas_cumprod)
+    # SNR + 1 = 1 / (1 - alpha), so min(SNR, gamma) / (SNR + 1) = min(alpha, gamma (1 - alpha))
+    return torch.minimum(alphas_cumprod, snr_gamma * (1 - alphas_cumprod)).clamp(min=floor)
+
+
+def diffusion_loss(model, scheduler, pixel_values, encoder_hidden_states, encoder_attention_mask, weights=None):
+    """Return the mean squared error of the model's prediction at random noise levels.
+
+    Args:
+        model: called as `VisBioUNet.forward`.
+        scheduler (`DDPMScheduler`): its `prediction_type` says what is predicted: epsilon, v_prediction or sample.
+        pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): clean images in [-1, 1].
+        encoder_hidden_states (`torch.Tensor` of shape `(batch, tokens, width)`), encoder_attention_mask (`(batch,
+            tokens)`): the captions.
+        weights (`torch.Tensor` of shape `(num_train_timesteps,)`, *optional*): weight of each timestep.
+
+    Returns:
+        scalar `torch.Tensor`.
+    """
+    noise = torch.randn_like(pixel_values)
+    timesteps = stratified_timesteps(len(pixel_values), scheduler.config.num_train_timesteps, pixel_values.device)
+    sample = scheduler.add_noise(pixel_values, noise, timesteps)
+    if scheduler.config.prediction_type == "v_prediction":
+        target = scheduler.get_velocity(pixel_values, noise, timesteps)
+    else:
+        target = noise if scheduler.config.prediction_type == "epsilon" else pixel_values
+    prediction = model(sample, timesteps, encoder_hidden_states, encoder_attention_mask, return_dict=False)[0]
+    loss = (prediction.float() - target).square().flatten(1).mean(dim=1)  # (batch,)
+    return loss.mean() if weights is None else (loss * weights.to(loss)[timesteps]).mean()

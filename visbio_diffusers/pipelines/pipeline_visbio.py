@@ -1,0 +1,434 @@
+"""VisBioPipeline: biological images from text, in pixel space."""
+
+import inspect
+import logging
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from visbio_diffusers.models.unet_visbio import VisBioUNet
+from visbio_diffusers.text import encode_text, max_tokens, text_mask
+
+
+logger = logging.getLogger(__name__)
+
+MAX_INIT_SIGMA = 1000.0  # above it a scheduler in sigmas spends its whole first step on rounding errors
+
+
+class VisBioPipeline(DiffusionPipeline):
+    """Draw biological images from descriptions.
+
+    Args:
+        unet ([`VisBioUNet`]): denoises pixels; there is no VAE, so "latents" are images in [-1, 1].
+        scheduler ([`SchedulerMixin`]): DDIM, DDPM, DPMSolverMultistep, UniPC or Euler.
+        text_encoder ([`~transformers.PreTrainedModel`]): any BERT whose hidden size is `unet`'s `cross_attention_dim`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): that encoder's tokenizer.
+
+    Example:
+        ```py
+        >>> from visbio_diffusers import VisBioPipeline
+
+        >>> pipe = VisBioPipeline.from_pretrained("model_cards/visbio-blood-28")
+        >>> pipe("a segmented neutrophil, Wright-Giemsa stain").images[0].save("neutrophil.png")
+        ```
+    """
+
+    model_cpu_offload_seq = "text_encoder->unet"
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+
+    def __init__(
+        self,
+        unet: VisBioUNet,
+        scheduler: SchedulerMixin,
+        text_encoder: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+    ):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+        self._guidance_scale = 1.0
+        self._guidance_rescale = 0.0
+        self._cross_attention_kwargs = None
+        self._interrupt = False
+        self._num_timesteps = 0
+
+    @property
+    def guidance_scale(self):
+        """Weight of the text: w of Imagen, equation 2; 1 is off."""
+        return self._guidance_scale
+
+    @property
+    def guidance_rescale(self):
+        """Share of the guided prediction that is rescaled to the spread of the unguided one."""
+        return self._guidance_rescale
+
+    @property
+    def do_classifier_free_guidance(self):
+        """Whether each step also predicts with the negative prompt."""
+        return self._guidance_scale > 1
+
+    @property
+    def cross_attention_kwargs(self):
+        """Keyword arguments for the UNet, such as `{"scale": 0.5}` for the strength of LoRA adapters."""
+        return self._cross_attention_kwargs
+
+    @property
+    def num_timesteps(self):
+        """Number of denoising steps of the last call."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self):
+        """Set `pipe._interrupt = True` from a callback to end the denoising."""
+        return self._interrupt
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+    ):
+        """Encode prompts, once each, into tensors that `__call__` takes as `prompt_embeds`.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*): left out if `prompt_embeds` is given.
+            device (`torch.device`, *optional*): where to encode; default is the pipeline's execution device.
+            num_images_per_prompt (`int`): each row is repeated so often.
+            do_classifier_free_guidance (`bool`): whether negative embeddings are wanted.
+            negative_prompt (`str` or `list[str]`, *optional*): default is the empty text.
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(batch, tokens, width)`, *optional*):
+                already encoded; rows of zeros are padding.
+
+        Returns:
+            `prompt_embeds` of shape `(batch * num_images_per_prompt, tokens, width)` and `negative_prompt_embeds` of
+            the same shape, or None without guidance.
+        """
+        device = device or self._execution_device
+        if prompt_embeds is None:
+            prompt = [prompt] if isinstance(prompt, str) else prompt
+            self._warn_of_truncation(prompt)
+            prompt_embeds = encode_text(self.text_encoder, self.tokenizer, prompt, device)
+        batch_size = prompt_embeds.shape[0]
+        if do_classifier_free_guidance and negative_prompt_embeds is None:
+            negative_prompt = negative_prompt or ""
+            negative = [negative_prompt] * batch_size if isinstance(negative_prompt, str) else negative_prompt
+            self._warn_of_truncation(negative)
+            negative_prompt_embeds = encode_text(self.text_encoder, self.tokenizer, negative, device)
+
+        dtype = self.unet.dtype if self.unet is not None else prompt_embeds.dtype
+        prompt_embeds = prompt_embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0)
+        if do_classifier_free_guidance:
+            negative_prompt_embeds = negative_prompt_embeds.to(device, dtype)
+            negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(num_images_per_prompt, dim=0)
+            tokens = max(prompt_embeds.shape[1], negative_prompt_embeds.shape[1])
+            prompt_embeds = F.pad(prompt_embeds, (0, 0, 0, tokens - prompt_embeds.shape[1]))
+            negative_prompt_embeds = F.pad(negative_prompt_embeds, (0, 0, 0, tokens - negative_prompt_embeds.shape[1]))
+        return prompt_embeds, negative_prompt_embeds
+
+    def _warn_of_truncation(self, prompts):
+        """Say which part of a prompt the text encoder will not see."""
+        limit = max_tokens(self.tokenizer, self.text_encoder)
+        for text in dict.fromkeys(prompts):
+            if len(text) < limit:  # a token has at least one character
+                continue
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            kept = limit - self.tokenizer.num_special_tokens_to_add()
+            if len(ids) > kept:
+                logger.warning(
+                    f"the text encoder takes {limit} tokens; this end of the prompt is cut off: "
+                    f"{self.tokenizer.decode(ids[kept:])!r}"
+                )
+
+    def check_inputs(
+        self,
+        prompt,
+        height,
+        width,
+        negative_prompt=None,
+        prompt_embeds=None,
+        negative_prompt_embeds=None,
+        num_images_per_prompt=1,
+        guidance_interval=(0.0, 1.0),
+        callback_on_step_end_tensor_inputs=None,
+    ):
+        """Raise a ValueError with the way out for arguments of `__call__` that cannot work."""
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("give either `prompt` or `prompt_embeds`: one of them, not both")
+        if prompt is not None:
+            _check_texts("prompt", prompt)
+        if negative_prompt is not None:
+            if negative_prompt_embeds is not None:
+                raise ValueError("give either `negative_prompt` or `negative_prompt_embeds`, not both")
+            _check_texts("negative_prompt", negative_prompt, allow_empty=True)
+            if isinstance(negative_prompt, list):
+                batch_size = len(prompt) if isinstance(prompt, list) else 1
+                batch_size = batch_size if prompt_embeds is None else len(prompt_embeds)
+                if len(negative_prompt) != batch_size:
+                    raise ValueError(
+                        f"`negative_prompt` has {len(negative_prompt)} entries for {batch_size} prompts: give one text"
+                        " for all, or one for each"
+                    )
+        self._check_embeds(prompt_embeds, negative_prompt_embeds)
+        factor = self.unet.downsample_factor
+        if height < factor or width < factor or height % factor or width % factor:
+            raise ValueError(f"`height` and `width` must be multiples of {factor}, but are {height} and {width}")
+        if num_images_per_prompt < 1:
+            raise ValueError(f"`num_images_per_prompt` must be at least 1, but is {num_images_per_prompt}")
+        if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+            raise ValueError(f"`guidance_interval` must be (low, high) within [0, 1], but is {guidance_interval}")
+        unknown = set(callback_on_step_end_tensor_inputs or ()) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` may hold {self._callback_tensor_inputs}, not {sorted(unknown)}"
+            )
+
+    def _check_embeds(self, prompt_embeds, negative_prompt_embeds):
+        for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
+            if embeds is None:
+                continue
+            if embeds.ndim != 3 or embeds.shape[-1] != self.unet.config.cross_attention_dim:
+                raise ValueError(
+                    f"`{name}` must have shape (batch, tokens, {self.unet.config.cross_attention_dim}), as"
+                    f" `encode_prompt` gives it, but has {tuple(embeds.shape)}"
+                )
+        if prompt_embeds is not None and negative_prompt_embeds is not None:
+            if len(prompt_embeds) != len(negative_prompt_embeds):
+                raise ValueError(
+                    f"`prompt_embeds` has {len(prompt_embeds)} rows and `negative_prompt_embeds`"
+                    f" {len(negative_prompt_embeds)}: they must agree"
+                )
+
+    def prepare_latents(self, batch_size, height, width, dtype, device, generator, latents=None):
+        """Return the noise to start from: given, or drawn (batch, channels, height, width) at the scheduler's scale.
+
+        Raises:
+            ValueError: if a list of generators has not one for each image, or `latents` has another shape.
+        """
+        shape = (batch_size, self.unet.config.in_channels, height, width)
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"got {len(generator)} generators for {batch_size} images: give one, or one for each")
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` must have shape {shape}, but has {tuple(latents.shape)}")
+        return latents.to(device, dtype) * self.scheduler.init_noise_sigma
+
+    def _prepare_timesteps(self, num_inference_steps, device, timesteps, sigmas):
+        """Set the scheduler's steps; custom ones only where it takes them.
+
+        Raises:
+            ValueError: if the scheduler does not take them, or cannot sample this model.
+        """
+        scheduler = self.scheduler
+        if timesteps is not None and sigmas is not None:
+            raise ValueError("give either `timesteps` or `sigmas`, not both")
+        custom = {"timesteps": timesteps, "sigmas": sigmas}
+        custom = {name: values for name, values in custom.items() if values is not None}
+        for name in custom:
+            if name not in inspect.signature(scheduler.set_timesteps).parameters:
+                raise ValueError(f"{type(scheduler).__name__} takes no custom `{name}`: use num_inference_steps")
+        if num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` must be at least 1, but is {num_inference_steps}")
+        scheduler.set_timesteps(**(custom or {"num_inference_steps": num_inference_steps}), device=device)
+        self._check_scheduler()
+        return scheduler.timesteps
+
+    def _check_scheduler(self):
+        scheduler, name = self.scheduler, type(self.scheduler).__name__
+        prediction_type = scheduler.config.get("prediction_type")
+        if prediction_type not in ("epsilon", "sample", "v_prediction"):
+            raise ValueError(
+                f"{name} is for another kind of model (its prediction_type is {prediction_type!r}): use DDIMScheduler,"
+                " DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler or EulerDiscreteScheduler"
+            )
+        if float(scheduler.init_noise_sigma) > MAX_INIT_SIGMA:
+            raise ValueError(
+                f"{name} would start at noise level {float(scheduler.init_noise_sigma):.0f}, where it loses the image:"
+                f' create it with {name}.from_config(pipe.scheduler.config, timestep_spacing="leading",'
+                " rescale_betas_zero_snr=False), or use DDIMScheduler"
+            )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 25,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        guidance_scale: float = 1.5,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_rescale: float = 0.0,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+    ):
+        """Draw images.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*): what to draw; left out if `prompt_embeds` is given.
+            height, width (`int`, *optional*): in pixels, multiples of the UNet's `downsample_factor`; default is the
+                size the model was trained at.
+            num_inference_steps (`int`): denoising steps.
+            timesteps (`list[int]`, *optional*), sigmas (`list[float]`, *optional*): custom steps, in descending
+                order, for schedulers that take them.
+            guidance_scale (`float`): weight of the text, w of equation 2 of Imagen (Saharia et al. 2022). 1 is off;
+                higher follows the text more closely and varies less.
+            guidance_interval (`tuple[float, float]`): guidance works only while the timestep, as a share of the
+                training timesteps, lies within (Kynkaanniemi et al. 2024). Steps outside cost half.
+            guidance_rescale (`float`): in [0, 1], against overexposure (Lin et al. 2023, section 3.4).
+            negative_prompt (`str` or `list[str]`, *optional*): what to steer away from; default is the empty text.
+            num_images_per_prompt (`int`): images for each prompt.
+            eta (`float`): DDIM noise share, 0 = ODE, 1 = DDPM; other schedulers ignore it.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): source of the noise, one for all or
+                one for each image, so that an image can be drawn again.
+            latents (`torch.Tensor` of shape `(batch, channels, height, width)`, *optional*): standard normal noise to
+                start from (pixels: there is no VAE).
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(batch, tokens, width)`, *optional*): from
+                `encode_prompt`; rows of zeros are padding.
+            output_type (`str`): "pil", "np" (float (batch, height, width, channels) in [0, 1]), "pt" (the same,
+                channels second) or "latent" (float in [-1, 1], not clipped).
+            return_dict (`bool`): whether to return an `ImagePipelineOutput` or a tuple.
+            cross_attention_kwargs (`dict`, *optional*): `{"scale": float}` scales LoRA adapters.
+            callback_on_step_end (`Callable`, *optional*): called as `f(pipe, step, timestep, tensors)` after each
+                step; what it returns replaces the tensors.
+            callback_on_step_end_tensor_inputs (`list[str]`): the tensors it is given.
+
+        Returns:
+            [`~pipelines.ImagePipelineOutput`] or `tuple`: `images`.
+
+        Raises:
+            ValueError: for arguments that cannot work; the message names the way out.
+        """
+        # 0. Defaults
+        height = height or self.unet.config.sample_size
+        width = width or self.unet.config.sample_size
+
+        # 1. Check inputs
+        self.check_inputs(
+            prompt,
+            height,
+            width,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            num_images_per_prompt,
+            guidance_interval,
+            callback_on_step_end_tensor_inputs,
+        )
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` must be pil, np, pt or latent, but is {output_type!r}")
+        self._guidance_scale = guidance_scale
+        self._guidance_rescale = guidance_rescale
+        self._cross_attention_kwargs = cross_attention_kwargs
+        self._interrupt = False
+        device = self._execution_device
+
+        # 2. Encode prompts
+        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+            prompt,
+            device,
+            num_images_per_prompt,
+            self.do_classifier_free_guidance,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+        )
+
+        # 3. Prepare timesteps
+        timesteps = self._prepare_timesteps(num_inference_steps, device, timesteps, sigmas)
+        self._num_timesteps = len(timesteps)
+        low, high = (bound * self.scheduler.config.num_train_timesteps for bound in guidance_interval)
+
+        # 4. Prepare latents: noise in pixel space
+        latents = self.prepare_latents(
+            prompt_embeds.shape[0], height, width, prompt_embeds.dtype, device, generator, latents
+        )
+        step_parameters = inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in step_parameters}
+
+        # 5. Denoise; keys and values of the text are computed once
+        text_caches = {}
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                guided = self.do_classifier_free_guidance and low <= float(t) <= high
+                embeds = torch.cat([negative_prompt_embeds, prompt_embeds]) if guided else prompt_embeds
+                sample = torch.cat([latents] * 2) if guided else latents
+                noise_pred = self.unet(
+                    self.scheduler.scale_model_input(sample, t),
+                    t,
+                    encoder_hidden_states=embeds,
+                    encoder_attention_mask=text_mask(embeds),
+                    cross_attention_kwargs=self.cross_attention_kwargs,
+                    text_cache=text_caches.setdefault(guided, {}),
+                    return_dict=False,
+                )[0]
+                if guided:
+                    noise_pred = self._guide(noise_pred)
+                latents = self.scheduler.step(noise_pred, t, latents, **step_kwargs, return_dict=False)[0]
+                latents = latents.to(prompt_embeds.dtype)
+
+                if callback_on_step_end is not None:
+                    tensors = {name: locals()[name] for name in callback_on_step_end_tensor_inputs}
+                    changed = callback_on_step_end(self, i, t, tensors)
+                    latents = changed.pop("latents", latents)
+                    if {"prompt_embeds", "negative_prompt_embeds"} & set(changed):
+                        prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
+                        negative_prompt_embeds = changed.pop("negative_prompt_embeds", negative_prompt_embeds)
+                        text_caches = {}
+                progress_bar.update()
+
+        # 6. Images
+        image = latents
+        if output_type != "latent":
+            image = self.image_processor.postprocess(latents.float(), output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=image) if return_dict else (image,)
+
+    def _guide(self, noise_pred):
+        """Combine the predictions without and with text, (2 batch, ...), to the guided one, (batch, ...)."""
+        noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
+        guided = torch.lerp(noise_pred_uncond, noise_pred_text, self.guidance_scale)
+        if self.guidance_rescale > 0:
+            dims = list(range(1, guided.ndim))
+            ratio = noise_pred_text.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True)
+            guided = guided * torch.lerp(torch.ones_like(ratio), ratio, self.guidance_rescale)
+        return guided
+
+
+def _check_texts(name, texts, allow_empty=False):
+    """Raise a ValueError unless `texts` is a text or a non-empty list of texts that say something."""
+    if not isinstance(texts, (str, list)) or not all(isinstance(text, str) for text in texts):
+        kind = type(texts).__name__
+        if isinstance(texts, list):
+            kind = f"a list with {next(type(text).__name__ for text in texts if not isinstance(text, str))}"
+        raise ValueError(f"`{name}` must be a text or a list of texts, but is {kind}")
+    texts = [texts] if isinstance(texts, str) else texts
+    if not texts:
+        raise ValueError(f"`{name}` is an empty list: give at least one text")
+    if not allow_empty and not all(text.strip() for text in texts):
+        raise ValueError(
+            f"`{name}` is empty: describe the image, or draw without text by prompt_embeds=pipe.encode_prompt('')[0]"
+        )

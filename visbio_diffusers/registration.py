@@ -1,0 +1,28 @@
+"""The three hooks by which Diffusers finds our classes under the short name "visbio_diffusers", and nothing else.
+
+They are private API of Diffusers, which is why pyproject.toml bounds its version. With them `model_index.json` holds
+`["visbio_diffusers", "VisBioUNet"]`, and `DiffusionPipeline.from_pretrained` and `diffusers.AutoModel` load our
+folders and Hub repos without `trust_remote_code`.
+"""
+
+import diffusers
+from diffusers.pipelines import pipeline_loading_utils
+
+
+LIBRARY = "visbio_diffusers"
+SAVE_AND_LOAD = ["save_pretrained", "from_pretrained"]
+
+
+def register(package, classes):
+    """Make `classes` of `package` loadable by Diffusers.
+
+    Args:
+        package (`module`): this package, with the classes as attributes.
+        classes (`Sequence[type]`): models and pipelines.
+    """
+    loadable = {base: SAVE_AND_LOAD for base in ("ModelMixin", "DiffusionPipeline", *(c.__name__ for c in classes))}
+    pipeline_loading_utils.LOADABLE_CLASSES[LIBRARY] = loadable
+    pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(loadable)
+    setattr(diffusers.pipelines, LIBRARY, package)
+    for each in classes:
+        setattr(diffusers, each.__name__, each)

@@ -1,0 +1,106 @@
+"""Captions as tensors: encoding with any BERT, and a cache on disk, since the encoder is frozen and captions repeat."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
+
+
+def max_tokens(tokenizer, text_encoder) -> int:
+    """Return how many tokens of a text, special ones included, the encoder takes."""
+    return min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+
+
+@torch.no_grad()
+def encode_text(text_encoder, tokenizer, texts: Sequence[str], device=None) -> torch.Tensor:
+    """Return the last hidden states of `texts`, with rows of zeros as padding.
+
+    Args:
+        text_encoder (`transformers.BertModel`): or any encoder that returns `last_hidden_state`.
+        tokenizer (`transformers.PreTrainedTokenizerBase`): the encoder's own.
+        texts (`Sequence[str]`): longer ones are cut to what the encoder takes.
+        device (`torch.device`, *optional*): where the encoder runs; by default where it is.
+
+    Returns:
+        `torch.Tensor` of shape `(len(texts), tokens, hidden_size)` in the encoder's dtype; `tokens` is that of the
+        longest text. A row of zeros is padding (`text_mask` finds it).
+    """
+    inputs = tokenizer(
+        list(texts),
+        padding="longest",
+        truncation=True,
+        max_length=max_tokens(tokenizer, text_encoder),
+        return_tensors="pt",
+    )
+    inputs = {name: inputs[name].to(device or text_encoder.device) for name in ("input_ids", "attention_mask")}
+    hidden_states = text_encoder(**inputs).last_hidden_state
+    return hidden_states * inputs["attention_mask"].unsqueeze(-1).to(hidden_states.dtype)
+
+
+def text_mask(prompt_embeds: torch.Tensor) -> torch.Tensor:
+    """Return a bool mask (batch, tokens) of `prompt_embeds` (batch, tokens, width): False where a row is all zeros."""
+    return (prompt_embeds != 0).any(dim=-1)
+
+
+class EmbeddingCache:
+    """Hidden states of a fixed set of captions, each encoded once and kept in one file.
+
+    The file's name is a hash of encoder weights, vocabulary and captions, so that it can never be stale; it is read
+    memory-mapped, and holds fp16.
+
+    Args:
+        captions (`Sequence[str]`): the distinct captions; looked up by their text.
+        text_encoder, tokenizer: see `encode_text`; used only if the file does not exist yet.
+        folder (`str` or `Path`): where the file is kept.
+        batch_size (`int`): captions per forward pass of the encoder.
+    """
+
+    def __init__(self, captions: Sequence[str], text_encoder, tokenizer, folder: str | Path, batch_size: int = 256):
+        self.row = {caption: row for row, caption in enumerate(captions)}
+        if len(self.row) != len(captions):
+            raise ValueError("the captions of an EmbeddingCache must be distinct")
+        self.path = Path(folder, f"embeddings-{_fingerprint(captions, text_encoder, tokenizer)}.safetensors")
+        if not self.path.exists():
+            self._write(list(captions), text_encoder, tokenizer, batch_size)
+        self._file = safe_open(self.path, framework="pt")
+        self._tokens = self._file.get_slice("tokens")
+        self._starts = self._file.get_tensor("starts").tolist()
+
+    def _write(self, captions, text_encoder, tokenizer, batch_size):
+        order = sorted(range(len(captions)), key=lambda row: len(captions[row]))  # neighbours of like length
+        states = [torch.empty(0)] * len(captions)
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            hidden_states = encode_text(text_encoder, tokenizer, [captions[row] for row in rows])
+            for row, state, mask in zip(rows, hidden_states, text_mask(hidden_states)):
+                states[row] = state[mask].half().cpu()
+        starts = torch.tensor([0, *(len(state) for state in states)]).cumsum(0)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".tmp-{os.getpid()}-{self.path.name}")
+        save_file({"tokens": torch.cat(states), "starts": starts}, temporary)
+        os.replace(temporary, self.path)
+
+    def __call__(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return float32 hidden states (batch, tokens, width), padded with zeros, and their bool mask.
+
+        Raises:
+            KeyError: for a caption that was not among those given at the start.
+        """
+        rows = [self.row[caption] for caption in captions]
+        states = [self._tokens[self._starts[row] : self._starts[row + 1]] for row in rows]
+        mask = pad_sequence([torch.ones(len(state), dtype=torch.bool) for state in states], batch_first=True)
+        return pad_sequence(states, batch_first=True).float(), mask
+
+
+def _fingerprint(captions, text_encoder, tokenizer) -> str:
+    digest = hashlib.sha256(json.dumps([list(captions), sorted(tokenizer.get_vocab().items())]).encode())
+    for name, tensor in sorted(text_encoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,300 @@
+"""The one training loop: a stream of batches, a loss function, and plain functions as hooks."""
+
+import json
+import math
+import random
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.logging import get_logger
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, send_to_device
+from diffusers.optimization import get_scheduler
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm.auto import tqdm
+
+from visbio_diffusers import checkpoints
+from visbio_diffusers.config import TrainConfig
+
+
+if TYPE_CHECKING:
+    from diffusers.training_utils import EMAModel
+
+logger = get_logger(__name__)
+
+Metrics = dict[str, Any]
+LossFunction = Callable[[nn.Module, Any], tuple[torch.Tensor, Metrics]]
+Hook = Callable[[int, Metrics], None]
+
+
+class FitResult(NamedTuple):
+    """How `fit` ended: the optimizer steps taken in all, and the number of the signal that stopped it, or 0."""
+
+    step: int
+    signum: int
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Return an Accelerator for `config` after seeding all random generators; `fit` starts its tracker.
+
+    Raises:
+        ValueError: if the tracker of `report_to` is unknown or not installed.
+    """
+    tracked = config.report_to != "none"
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        # The default would cut the last optimizer step of an epoch short.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        log_with=config.report_to if tracked else None,
+        project_config=ProjectConfiguration(config.output_dir, logging_dir=str(Path(config.output_dir, "logs"))),
+    )
+    if tracked and not accelerator.log_with:
+        raise ValueError(f"report_to={config.report_to}: not installed; pip install it, or use --report_to none")
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        logger.warning("mixed_precision=fp16 needs a GPU; this training runs in fp32")
+    _reseed(accelerator.device, config.seed)
+    return accelerator
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> AdamW:
+    """Return AdamW over the trainable `parameters`, without weight decay on those of one dimension.
+
+    Raises:
+        ValueError: if none of them is trainable.
+    """
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    if not trainable:
+        raise ValueError("the model has no trainable parameters")
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.adam_weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},  # biases and norms
+    ]
+    betas = (config.adam_beta1, config.adam_beta2)
+    return AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=True)
+
+
+def make_lr_scheduler(optimizer: Optimizer, config: TrainConfig) -> LRScheduler:
+    """Return the learning-rate schedule of `config`, counted in optimizer steps.
+
+    Do not give it to `Accelerator.prepare`, which would step it once per process; `fit` steps and checkpoints it.
+    """
+    steps = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": config.max_train_steps}
+    return get_scheduler(config.lr_scheduler, optimizer, **steps)
+
+
+def make_ema(accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> "EMAModel":
+    """Return the moving average of the weights of a prepared `model`, kept in checkpoints; update it by `ema_hook`.
+
+    Its decay at step n is `min(ema_decay, n / (9 + n))`, and 0 at step 1.
+
+    Raises:
+        ValueError: under FSDP or DeepSpeed, where no process holds all weights.
+    """
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(f"no weight averaging under {accelerator.distributed_type.value}: use --no_use_ema")
+    from diffusers.training_utils import EMAModel  # imports every model of Diffusers: seconds
+
+    ema = EMAModel(model.parameters(), decay=config.ema_decay, foreach=True)
+    checkpoints.register(accelerator, "ema", ema)
+    return ema
+
+
+def ema_hook(ema: "EMAModel", model: nn.Module) -> Hook:
+    """Return a hook for `fit` that updates `ema` after each optimizer step."""
+    return lambda step, metrics: ema.step(model.parameters())
+
+
+def fit(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    lr_scheduler: LRScheduler,
+    stream: Callable[[int], Iterator[Any]],
+    loss_fn: LossFunction,
+    config: TrainConfig,
+    hooks: Sequence[Hook] = (),
+) -> FitResult:
+    """Train until `config.max_train_steps` optimizer steps are taken, or a signal asks to stop.
+
+    A resumed run is bit-equal to an uninterrupted one if `stream` depends on its argument alone: the random
+    generators are seeded anew for every micro-batch. Files in `config.output_dir`: config.json, the checkpoints, and
+    loss.jsonl with one line per optimizer step.
+
+    Args:
+        model, optimizer: as returned by `Accelerator.prepare`.
+        lr_scheduler: not prepared (see `make_lr_scheduler`).
+        stream: from the index of a micro-batch of this process to an endless iterator beginning there.
+        loss_fn: from model and batch to the mean loss (scalar tensor) and a dict of numbers or scalar tensors to
+            report; the same names at every call.
+        hooks: called after each optimizer step, before a checkpoint is written, on every process, with the number of
+            steps taken and the metrics of this process.
+
+    Raises:
+        FloatingPointError: if the loss is no longer finite; nothing is saved then.
+        ValueError: if `output_dir` holds checkpoints and `resume_from_checkpoint` is empty, or none is intact.
+        OSError: if a checkpoint cannot be written.
+    """
+    checkpoints.register(accelerator, "lr_scheduler", lr_scheduler)
+    checkpoints.unwrap_weights(accelerator)
+    step = _begin(accelerator, config)
+    batches = stream(step * config.gradient_accumulation_steps)
+    progress = tqdm(total=config.max_train_steps, initial=step, disable=not accelerator.is_main_process)
+    model.train()
+    rows: list[Metrics] = []  # metrics not yet fetched from the device
+    signum, started = 0, time.perf_counter()
+    with progress, _caught_signals() as caught:
+        while step < config.max_train_steps and not signum:
+            metrics = _optimizer_step(accelerator, model, optimizer, batches, loss_fn, config, step)
+            metrics["lr"] = lr_scheduler.get_last_lr()[0]
+            lr_scheduler.step()
+            step += 1
+            rows.append(metrics)
+            progress.update()
+            for hook in hooks:
+                hook(step, metrics)
+            logging_step = step % config.logging_steps == 0
+            # Agreement between processes waits for the device, so a GPU agrees only where it is waited for anyway.
+            if accelerator.num_processes == 1 or logging_step or accelerator.device.type == "cpu":
+                signum = _agreed(accelerator, caught)
+            saving = signum or step == config.max_train_steps or step % config.checkpointing_steps == 0
+            if logging_step or saving:
+                _report(accelerator, config, step, rows, started, progress)
+                rows.clear()
+            if saving:
+                checkpoints.save(accelerator, config.output_dir, step, config.checkpoints_total_limit)
+            if logging_step or saving:
+                started = time.perf_counter()
+    if signum:
+        logger.warning(f"{signal.strsignal(signum)}: step {step} is saved; go on with --resume_from_checkpoint latest")
+    return FitResult(step, signum)
+
+
+def _optimizer_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: Iterator[Any],
+    loss_fn: LossFunction,
+    config: TrainConfig,
+    step: int,
+) -> Metrics:
+    """Take one optimizer step and return its metrics, averaged over the micro-batches, still on the device."""
+    device, metrics = accelerator.device, {}
+    for micro_batch in range(config.gradient_accumulation_steps):
+        _reseed(device, config.seed, step, micro_batch, accelerator.process_index)
+        batch = send_to_device(next(batches), device, non_blocking=True)
+        with accelerator.accumulate(model):
+            loss, extra = loss_fn(model, batch)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, value in {"loss": loss, **extra}.items():
+            value = value.detach() if isinstance(value, torch.Tensor) else value
+            metrics[name] = metrics.get(name, 0.0) + value / config.gradient_accumulation_steps
+    assert accelerator.sync_gradients, "the optimizer step must end with the last micro-batch"
+    return {**metrics, "grad_norm": grad_norm}
+
+
+def _reseed(device: torch.device, *entropy: int) -> None:
+    """Seed all generators in use from a few integers, so that noise depends on its place in the run alone."""
+    seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    # torch.manual_seed would also queue a call for every kind of device that is absent, at a cost of time and memory.
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
+def _report(
+    accelerator: Accelerator, config: TrainConfig, step: int, rows: list[Metrics], started: float, progress: tqdm
+) -> None:
+    """Fetch the collected metrics once, average them over processes, write and show them, and stop if not finite."""
+    device, names = accelerator.device, [name for name in rows[0] if name != "lr"]
+    table = torch.stack([torch.stack([torch.as_tensor(row[n], device=device).float() for n in names]) for row in rows])
+    columns = dict(zip(names, accelerator.reduce(table, "mean").T.tolist(), strict=True))  # waits for the device
+    seconds = time.perf_counter() - started
+    lines, bad = [], ""
+    for index, row in enumerate(rows):
+        line = {"step": step - len(rows) + 1 + index, "loss": columns["loss"][index]}
+        line |= {"grad_norm": columns["grad_norm"][index], "lr": row["lr"]}
+        if accelerator.scaler is not None and not math.isfinite(line["grad_norm"]):
+            line["grad_norm"] = None  # fp16 gradients overflowed and the step was skipped: no harm
+        bad = next((name for name, value in line.items() if value is not None and not math.isfinite(value)), "")
+        if bad:
+            break
+        lines.append(json.dumps(line) + "\n")
+    if accelerator.is_main_process:
+        checkpoints.append_log(Path(config.output_dir, "loss.jsonl"), lines)
+    if bad:
+        raise FloatingPointError(
+            f"{bad} is {line[bad]} at step {line['step']}; newest intact checkpoint: "
+            f"{checkpoints.latest(config.output_dir) or 'none'}; lower --learning_rate or use --mixed_precision bf16, "
+            "then --resume_from_checkpoint latest"
+        )
+    images = len(rows) * config.gradient_accumulation_steps * config.train_batch_size * accelerator.num_processes
+    means = {name: sum(values) / len(values) for name, values in columns.items()}
+    means |= {"lr": rows[-1]["lr"], "images_per_second": images / seconds}
+    progress.set_postfix({"loss": f"{means['loss']:.4f}", "images/s": f"{images / seconds:.1f}"})
+    accelerator.log(means, step=step)
+
+
+def _begin(accelerator: Accelerator, config: TrainConfig) -> int:
+    """Load the checkpoint that `config` asks for, open the logs, and return the step to go on from."""
+    output_dir, found = Path(config.output_dir), [""]
+    if accelerator.is_main_process:
+        found[0] = str(checkpoints.to_resume(output_dir, config.resume_from_checkpoint) or "")
+        output_dir.mkdir(parents=True, exist_ok=True)
+        config.save(output_dir / "config.json")
+    broadcast_object_list(found)
+    step = checkpoints.step_of(found[0]) if found[0] else 0
+    if found[0]:
+        accelerator.load_state(found[0])
+        accelerator.step = 0  # its count of micro-batches; every optimizer step starts a new one
+        logger.info(f"resumed {found[0]}")
+    if accelerator.is_main_process:
+        checkpoints.truncate_log(output_dir / "loss.jsonl", step)
+    if config.report_to != "none":
+        simple = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(config).items()}
+        accelerator.init_trackers("visbio-diffusers", config=simple)
+    return step
+
+
+def _agreed(accelerator: Accelerator, caught: list[int]) -> int:
+    """Return the signal that any process has caught, the same on all of them, or 0."""
+    signum = max(caught, default=0)
+    if accelerator.num_processes == 1:
+        return signum
+    return int(accelerator.gather(torch.tensor([signum], device=accelerator.device)).max())
+
+
+@contextmanager
+def _caught_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT instead of dying; a second one acts as usual, so that a hung run can be ended."""
+    caught: list[int] = []
+    previous = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+
+    def handle(signum: int, frame: Any) -> None:
+        caught.append(signum)
+        signal.signal(signum, previous[signum])
+
+    for signum in previous:
+        signal.signal(signum, handle)
+    try:
+        yield caught
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,69 @@
+"""Images drawn while a training runs, from fixed seeds, so that one sees it learn."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from visbio_diffusers.grid import contact_sheet, save_png
+
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def averaged_weights(model, ema):
+    """Let `model` have the averaged weights of `ema` (`EMAModel` or None) inside the block."""
+    if ema is None:
+        yield
+        return
+    ema.store(model.parameters())
+    ema.copy_to(model.parameters())
+    try:
+        yield
+    finally:
+        ema.restore(model.parameters())
+
+
+def validation_hook(
+    accelerator, pipeline: Callable[[], Any], ema, prompts: Sequence[str], num_images: int, every: int, folder: Path
+) -> Callable[[int, dict], None]:
+    """Return a hook for `fit` that every so many steps draws the prompts and shows them.
+
+    Writes `folder`/step-*.png and sends the images to the tracker (TensorBoard or wandb). The training's random
+    generators are not touched.
+
+    Args:
+        pipeline (`Callable`): returns a pipeline around the bare model that is being trained.
+        ema (`EMAModel`, *optional*): its weights are used.
+        prompts (`Sequence[str]`): an empty one turns the hook off.
+        num_images (`int`): images of each prompt, always from the same seeds.
+        every (`int`): optimizer steps.
+    """
+
+    def hook(step: int, metrics: dict) -> None:
+        if not prompts or step % every or not accelerator.is_main_process:
+            return
+        pipe = pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        captions = [prompt for prompt in prompts for _ in range(num_images)]
+        generators = [torch.Generator().manual_seed(seed) for seed in range(num_images)] * len(prompts)
+        training = pipe.unet.training
+        pipe.unet.eval()
+        with averaged_weights(pipe.unet, ema):
+            images = pipe(captions, generator=generators).images
+        pipe.unet.train(training)
+        save_png(contact_sheet(images, captions, columns=2 * num_images), folder / f"step-{step:07d}.png")
+        for tracker in accelerator.trackers:
+            if tracker.name in ("tensorboard", "wandb"):
+                batch = np.stack([np.asarray(image.convert("RGB")) for image in images])
+                values = batch if tracker.name == "tensorboard" else list(images)
+                tracker.log_images({"validation": values}, step=step)
+
+    return hook
