@@ -1,4 +1,4 @@
-"""Captions as tensors: encoding with any BERT, and a cache on disk, since the encoder is frozen and captions repeat."""
+"""Captions as tensors: encoding with any BERT, and a cache on disk, since captions repeat and the encoder is frozen."""
 
 import hashlib
 import json

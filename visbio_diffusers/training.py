@@ -127,9 +127,8 @@ def fit(
 ) -> FitResult:
     """Train until `config.max_train_steps` optimizer steps are taken, or a signal asks to stop.
 
-    A resumed run is bit-equal to an uninterrupted one if `stream` depends on its argument alone: the random
-    generators are seeded anew for every micro-batch. Files in `config.output_dir`: config.json, the checkpoints, and
-    loss.jsonl with one line per optimizer step.
+    A resumed run is bit-equal to an uninterrupted one if `stream` depends on its argument alone: random generators are
+    seeded anew for every micro-batch. Writes config.json, checkpoints and loss.jsonl (one line per optimizer step).
 
     Args:
         model, optimizer: as returned by `Accelerator.prepare`.

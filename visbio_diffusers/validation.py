@@ -42,13 +42,13 @@ def validation_hook(
     Args:
         pipeline (`Callable`): returns a pipeline around the bare model that is being trained.
         ema (`EMAModel`, *optional*): its weights are used.
-        prompts (`Sequence[str]`): an empty one turns the hook off.
+        prompts (`Sequence[str]`): what to draw.
         num_images (`int`): images of each prompt, always from the same seeds.
-        every (`int`): optimizer steps.
+        every (`int`): optimizer steps; 0, like an empty `prompts`, turns the hook off.
     """
 
     def hook(step: int, metrics: dict) -> None:
-        if not prompts or step % every or not accelerator.is_main_process:
+        if not prompts or not every or step % every or not accelerator.is_main_process:
             return
         pipe = pipeline()
         pipe.set_progress_bar_config(disable=True)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from visbio_diffusers.data.dataset import ImageDataset
 from visbio_diffusers.data.mixture import caption_function
+from visbio_diffusers.grid import contact_sheet, save_png
 
 
-COLUMNS = 8
-TILE = 160  # pixels
-CAPTION_LINES = 4
-LINE = 13  # pixels
 MEASURED = 1000  # images behind the figures
 
 
@@ -43,7 +39,8 @@ def preview(dataset: ImageDataset, output_path: str | Path, num_images: int = 32
     order = rng.permutation(len(dataset))
     caption_fn = caption_function([dataset])
     items = [dataset[index] for index in order[:num_images]]
-    _save_png(_contact_sheet(items, [caption_fn(0, item, rng) for item in items]), Path(output_path))
+    images = [_to_pil(item["image"]) for item in items]
+    save_png(contact_sheet(images, [caption_fn(0, item, rng) for item in items]), output_path)
     return {
         "name": dataset.name,
         "split": dataset.split,
@@ -87,49 +84,5 @@ def _counts(values: list[str | None]) -> dict[str, int]:
     return {value: values.count(value) for value in sorted({v for v in values if v is not None})}
 
 
-def _contact_sheet(items: list[dict[str, Any]], captions: list[str]) -> Image.Image:
-    columns = min(COLUMNS, len(items))
-    rows = -(-len(items) // columns)
-    height = TILE + CAPTION_LINES * LINE + 8
-    sheet = Image.new("RGB", (columns * (TILE + 8), rows * height), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    for place, (item, caption) in enumerate(zip(items, captions, strict=True)):
-        left, top = (place % columns) * (TILE + 8) + 4, (place // columns) * height + 4
-        array = item["image"]
-        image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).convert("RGB")
-        scale = TILE / max(image.size)
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        sheet.paste(
-            image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC), (left, top)
-        )
-        for number, line in enumerate(_wrap(caption, font)):
-            draw.text((left, top + TILE + number * LINE), line, fill="black", font=font)
-    return sheet
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """Break a caption into lines of a tile's width; what does not fit ends in dots."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= TILE or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    if len(lines) > CAPTION_LINES:
-        lines = [*lines[: CAPTION_LINES - 1], f"{lines[CAPTION_LINES - 1]} ..."]
-    return lines
-
-
-def _save_png(image: Image.Image, path: Path) -> None:
-    """Write beside the target and rename, so that no half picture remains."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            image.save(file, format="PNG")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+def _to_pil(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .metrics import proportion_interval, weighted_quantile
+from visbio_diffusers.evaluation.metrics import proportion_interval, weighted_quantile
 
 
 COPY_QUANTILES = (0.01, 0.05)

@@ -103,13 +103,23 @@ def frechet_distance(
         mean_a, mean_b (`torch.Tensor` of shape `(d,)`): means.
         covariance_a, covariance_b (`torch.Tensor` of shape `(d, d)`): symmetric, positive semi-definite.
 
-    Source: Dowson and Landau 1982; |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2). Equals torchmetrics'
+    Source: Dowson and Landau 1982; |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_b^1/2 C_a C_b^1/2)^1/2). Equals torchmetrics'
     `FrechetInceptionDistance` on the same features (tests/test_evaluation.py).
     """
-    values, vectors = torch.linalg.eigh(covariance_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ covariance_b @ root).clamp(min=0).sqrt().sum()
-    trace = covariance_a.trace() + covariance_b.trace() - 2 * cross
+    return _frechet_to_root(mean_a, covariance_a, mean_b, _square_root(covariance_b))
+
+
+def _square_root(covariance: torch.Tensor) -> torch.Tensor:
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+
+def _frechet_to_root(
+    mean_a: torch.Tensor, covariance_a: torch.Tensor, mean_b: torch.Tensor, root_b: torch.Tensor
+) -> float:
+    """Return the distance where the square root of the second covariance is known, as for resamples of the first."""
+    cross = torch.linalg.eigvalsh(root_b @ covariance_a @ root_b).clamp(min=0).sqrt().sum()
+    trace = covariance_a.trace() + root_b.square().sum() - 2 * cross
     return float((mean_a - mean_b).square().sum() + trace.clamp(min=0))
 
 
@@ -135,14 +145,15 @@ def frechet_with_floor(
         the estimate before its 2.5 % and 97.5 % quantiles are read (for the ratio: multiplied onto it).
     """
     rng = np.random.default_rng(seed)
-    reference = moments(reference_features, reference_weights)
     sets = [(features, None), (floor_features, floor_weights)]
+    reference_mean, reference_covariance = moments(reference_features, reference_weights)
+    reference = reference_mean, _square_root(reference_covariance)
     estimates, resampled = [], []
     for values, weights in sets:
         weights = np.full(len(values), 1 / len(values)) if weights is None else weights
-        estimates.append(frechet_distance(*moments(values, weights), *reference))
+        estimates.append(_frechet_to_root(*moments(values, weights), *reference))
         draws = (rng.integers(len(values), size=len(values)) for _ in range(num_resamples))
-        resampled.append([frechet_distance(*moments(values[d], weights[d]), *reference) for d in draws])
+        resampled.append([_frechet_to_root(*moments(values[d], weights[d]), *reference) for d in draws])
     resampled = np.array(resampled)
     results = []
     for value, draws, members in zip(estimates, resampled, sets, strict=True):
@@ -153,17 +164,6 @@ def frechet_with_floor(
     low, high = np.quantile(ratios / ratios.mean(), [0.025, 0.975]) * ratio
     results.append({"value": ratio, "low": float(low), "high": float(high), "n": len(features)})
     return dict(zip(("value", "floor", "ratio"), results, strict=True))
-
-
-def mean_pairwise_distance(features: np.ndarray, counts: np.ndarray | None = None) -> float:
-    """Return the mean Euclidean distance of all pairs of different rows of features `(n, d)`, n at least 2.
-
-    `counts` of shape `(n,)` says how often each row was drawn in a bootstrap; pairs of one row with itself never count.
-    """
-    x = torch.as_tensor(features, dtype=torch.float32)
-    c = torch.ones(len(x)) if counts is None else torch.as_tensor(counts, dtype=torch.float32)
-    pairs = c.sum().square() - c.square().sum()
-    return float(c @ torch.cdist(x, x) @ c / pairs)
 
 
 def within_class_distance(
@@ -211,7 +211,7 @@ def within_class_distance(
 
 
 def _distance_draws(features: np.ndarray, num_resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Return the mean pairwise distance of the rows, followed by its bootstrap resamples."""
+    """Return the mean distance of all pairs of rows, then that of resamples; a row's pairs with itself never count."""
     x = torch.as_tensor(features, dtype=torch.float32)
     drawn = rng.multinomial(len(x), np.full(len(x), 1 / len(x)), size=num_resamples)
     counts = torch.as_tensor(np.vstack([np.ones(len(x)), drawn]), dtype=torch.float32)  # (1 + num_resamples, n)

@@ -404,7 +404,7 @@ def _check_config(block_out_channels, attention_head_dim, norm_num_groups, use_c
         raise ValueError(f"block_out_channels needs at least two stages, got {tuple(block_out_channels)}")
     if block_out_channels[-1] % min(attention_head_dim, block_out_channels[-1]):
         raise ValueError(
-            f"block_out_channels[-1]={block_out_channels[-1]} is no multiple of attention_head_dim={attention_head_dim}"
+            f"block_out_channels[-1]={block_out_channels[-1]} is no multiple of attention_head_dim {attention_head_dim}"
         )
     for channels in block_out_channels[:-1]:
         if channels % norm_num_groups:

@@ -164,21 +164,28 @@ class VisBioPipeline(DiffusionPipeline):
         """Raise a ValueError with the way out for arguments of `__call__` that cannot work."""
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("give either `prompt` or `prompt_embeds`: one of them, not both")
+        if negative_prompt is not None and negative_prompt_embeds is not None:
+            raise ValueError("give either `negative_prompt` or `negative_prompt_embeds`, not both")
         if prompt is not None:
             _check_texts("prompt", prompt)
         if negative_prompt is not None:
-            if negative_prompt_embeds is not None:
-                raise ValueError("give either `negative_prompt` or `negative_prompt_embeds`, not both")
             _check_texts("negative_prompt", negative_prompt, allow_empty=True)
-            if isinstance(negative_prompt, list):
-                batch_size = len(prompt) if isinstance(prompt, list) else 1
-                batch_size = batch_size if prompt_embeds is None else len(prompt_embeds)
-                if len(negative_prompt) != batch_size:
-                    raise ValueError(
-                        f"`negative_prompt` has {len(negative_prompt)} entries for {batch_size} prompts: give one text"
-                        " for all, or one for each"
-                    )
+        batch_size = len(prompt) if isinstance(prompt, list) else 1
+        batch_size = batch_size if prompt_embeds is None else len(prompt_embeds)
+        if isinstance(negative_prompt, list) and len(negative_prompt) != batch_size:
+            raise ValueError(
+                f"`negative_prompt` has {len(negative_prompt)} entries for {batch_size} prompts: give one text for"
+                " all, or one for each"
+            )
         self._check_embeds(prompt_embeds, negative_prompt_embeds)
+        self._check_form(height, width, num_images_per_prompt, guidance_interval)
+        unknown = set(callback_on_step_end_tensor_inputs or ()) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` may hold {self._callback_tensor_inputs}, not {sorted(unknown)}"
+            )
+
+    def _check_form(self, height, width, num_images_per_prompt, guidance_interval):
         factor = self.unet.downsample_factor
         if height < factor or width < factor or height % factor or width % factor:
             raise ValueError(f"`height` and `width` must be multiples of {factor}, but are {height} and {width}")
@@ -186,11 +193,6 @@ class VisBioPipeline(DiffusionPipeline):
             raise ValueError(f"`num_images_per_prompt` must be at least 1, but is {num_images_per_prompt}")
         if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
             raise ValueError(f"`guidance_interval` must be (low, high) within [0, 1], but is {guidance_interval}")
-        unknown = set(callback_on_step_end_tensor_inputs or ()) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` may hold {self._callback_tensor_inputs}, not {sorted(unknown)}"
-            )
 
     def _check_embeds(self, prompt_embeds, negative_prompt_embeds):
         for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
@@ -281,7 +283,7 @@ class VisBioPipeline(DiffusionPipeline):
         return_dict: bool = True,
         cross_attention_kwargs: dict | None = None,
         callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006  Diffusers' signature
     ):
         """Draw images.
 
@@ -365,7 +367,9 @@ class VisBioPipeline(DiffusionPipeline):
             prompt_embeds.shape[0], height, width, prompt_embeds.dtype, device, generator, latents
         )
         step_parameters = inspect.signature(self.scheduler.step).parameters
-        step_kwargs = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in step_parameters}
+        step_kwargs = {
+            name: value for name, value in (("eta", eta), ("generator", generator)) if name in step_parameters
+        }
 
         # 5. Denoise; keys and values of the text are computed once
         text_caches = {}

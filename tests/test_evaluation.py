@@ -1,0 +1,401 @@
+"""The evaluation: closed forms, references, planted copies and collapses, and the script as a user runs it."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from transformers import BertConfig, BertModel, BertTokenizer
+
+from visbio_diffusers import VisBioPipeline, VisBioUNet, load_bank, load_image_dataset
+from visbio_diffusers.evaluation import features as classifiers
+from visbio_diffusers.evaluation import memorization, metrics, protocol, report
+from visbio_diffusers.evaluation.images import (
+    Split,
+    as_split,
+    balanced_labels,
+    generate_images,
+    heldout_prompts,
+    read_images,
+    save_images,
+)
+
+
+NAMES = load_bank("bloodmnist").class_names
+
+
+def toy_images(num_images: int, seed: int) -> Split:
+    """Return 12 x 12 pixel images whose class is the size (4) and the colour (2) of a disc at a random place."""
+    rng = np.random.default_rng(seed)
+    labels = balanced_labels(num_images, len(NAMES))
+    rows, columns = np.mgrid[:12, :12]
+    centres = rng.uniform(4, 8, size=(num_images, 2, 1, 1))
+    radius = (1.5 + labels % 4)[:, None, None]
+    disc = (rows - centres[:, 0]) ** 2 + (columns - centres[:, 1]) ** 2 < radius**2
+    colours = np.array([[150, 40, 90], [60, 50, 170]])[labels // 4][:, None, None]
+    images = np.where(disc[..., None], colours, 220) + rng.normal(0, 12, (num_images, 12, 12, 3))
+    return Split(images.clip(0, 255).astype(np.uint8), labels)
+
+
+@pytest.fixture(scope="module")
+def evaluator_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("evaluators")
+
+
+@pytest.fixture(scope="module")
+def reference(evaluator_folder):
+    train, test = toy_images(480, 0), toy_images(240, 1)
+    evaluators = protocol.load_evaluators(evaluator_folder, train, test, len(NAMES), 40)
+    return protocol.make_reference(NAMES, train, test, evaluators, balanced_labels(160, len(NAMES)))
+
+
+# Metrics
+
+
+def test_share_has_the_wilson_interval():
+    """By hand for 8 of 10: centre (0.8 + 0.1921) / 1.3841 = 0.7167, half width 0.2265; for 0 of 10 from 0 up."""
+    entry = metrics.proportion_interval(8, 10)
+    assert (entry["value"], entry["n"]) == (0.8, 10)
+    assert (entry["low"], entry["high"]) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert metrics.proportion_interval(0, 10)["low"] == 0
+    assert metrics.proportion_interval(0, 10)["high"] == pytest.approx(1.959964**2 / (10 + 1.959964**2), abs=1e-6)
+
+
+def test_fidelity_counts_the_confusions():
+    entry = metrics.fidelity(np.array([0, 1, 1, 0]), np.array([0, 0, 1, 1]), ("a", "b", "absent"))
+    assert entry["confusion"] == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
+    assert entry["overall"]["value"] == 0.5 and set(entry["per_class"]) == {"a", "b"}
+
+
+def test_frechet_distance_of_two_gaussians():
+    """Commuting covariances: |dm|^2 + sum (s_a - s_b)^2. One turned by 45 degrees against a closed form for 2 x 2."""
+    mean = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    first, second = torch.diag(torch.tensor([4.0, 9.0]).double()), torch.diag(torch.tensor([1.0, 16.0]).double())
+    assert metrics.frechet_distance(mean, first, 0 * mean, second) == pytest.approx(5 + 1 + 1)
+    turn = torch.tensor([[1.0, -1.0], [1.0, 1.0]], dtype=torch.float64) / math.sqrt(2)
+    turned = turn @ second @ turn.T
+    # tr (A B)^1/2 = sqrt(tr(AB) + 2 sqrt(det(AB))) for 2 x 2
+    product = first @ turned
+    cross = math.sqrt(product.trace() + 2 * math.sqrt(torch.linalg.det(product)))
+    expected = float(first.trace() + second.trace() - 2 * cross)
+    assert metrics.frechet_distance(mean, first, mean, turned) == pytest.approx(expected)
+
+
+def test_frechet_distance_equals_torchmetrics():
+    fid = pytest.importorskip("torchmetrics.image.fid")
+    rng = np.random.default_rng(0)
+    real, fake = rng.normal(size=(300, 8)), 0.3 + rng.normal(size=(200, 8)) @ rng.normal(size=(8, 8))
+
+    class Identity(torch.nn.Module):
+        num_features = 8
+
+        def forward(self, features):
+            return features
+
+    metric = fid.FrechetInceptionDistance(feature=Identity()).set_dtype(torch.float64)
+    metric.update(torch.tensor(real), real=True)
+    metric.update(torch.tensor(fake), real=False)
+    ours = metrics.frechet_distance(*metrics.moments(fake), *metrics.moments(real))
+    assert ours == pytest.approx(float(metric.compute()), rel=1e-6)
+
+
+def test_class_weights_bring_the_shares_of_the_other_set():
+    labels, target = np.array([0, 0, 0, 1]), np.array([0, 1, 1, 1])
+    weights = metrics.class_weights(labels, target)
+    assert weights == pytest.approx([1 / 12] * 3 + [3 / 4])
+    mean, covariance = metrics.moments(np.array([[0.0], [0.0], [0.0], [1.0]]), weights)
+    assert float(mean) == pytest.approx(0.75)
+    assert float(covariance) == pytest.approx(0.75 * 0.25 / (1 - (3 / 144 + 9 / 16)))
+    plain = np.random.default_rng(0).normal(size=(20, 3))
+    assert metrics.moments(plain)[1].numpy() == pytest.approx(np.cov(plain.T))
+    with pytest.raises(ValueError, match="class 2 has no real images"):
+        metrics.class_weights(labels, np.array([2]))
+
+
+def test_frechet_ratio_is_one_for_the_same_distribution_and_rises_with_a_shift():
+    rng = np.random.default_rng(0)
+    same, floor, real = rng.normal(size=(3, 400, 4))
+    weights = np.full(400, 1 / 400)
+    entry = metrics.frechet_with_floor(same, floor, real, weights)
+    assert entry["ratio"]["low"] < 1 < entry["ratio"]["high"]
+    assert entry["value"]["low"] < entry["value"]["value"] < entry["value"]["high"]
+    shifted = metrics.frechet_with_floor(same + 1, floor, real, weights)
+    expected = entry["value"]["value"] + 4 + 2 * (same.mean(axis=0) - real.mean(axis=0)).sum()
+    assert shifted["value"]["value"] == pytest.approx(expected)
+    assert shifted["ratio"]["low"] > 10
+
+
+def test_within_class_distance_of_shrunk_and_collapsed_classes():
+    rng = np.random.default_rng(0)
+    real, labels = rng.normal(size=(200, 6)), np.arange(200) % 2
+    scales = np.array([0.5, 0.7])
+    entry = metrics.within_class_distance(real * scales[labels][:, None] + 3, labels, real, labels, ("a", "b"))
+    assert [entry["per_class"][name]["value"] for name in "ab"] == pytest.approx([0.5, 0.7], rel=1e-4)
+    assert entry["ratio"]["value"] == pytest.approx(0.6, rel=1e-4)
+    assert entry["ratio"]["low"] < 0.6 < entry["ratio"]["high"] < 0.7
+    other = np.random.default_rng(1).normal(size=(200, 6))
+    same = metrics.within_class_distance(other, labels, real, labels, ("a", "b"))["ratio"]
+    assert same["low"] < 1 < same["high"]
+    collapsed = metrics.within_class_distance(np.ones((200, 6)), labels, real, labels, ("a", "b"))
+    assert collapsed["ratio"]["value"] == collapsed["ratio"]["high"] == 0
+
+
+# Memorization
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_nearest_distances_equal_brute_force_and_are_zero_for_copies(dtype):
+    rng = np.random.default_rng(0)
+    bank = rng.integers(0, 256, size=(50, 4, 4, 3)).astype(dtype)
+    queries = np.concatenate([bank[[7, 3]], rng.integers(0, 256, size=(9, 4, 4, 3)).astype(dtype)])
+    distances, rows = memorization.nearest_distances(queries, bank, chunk_size=4)
+    differences = (queries[:, None].astype(float) - bank[None]) / (255 if dtype == np.uint8 else 1)
+    table = np.sqrt((differences**2).sum(axis=(2, 3, 4)))
+    assert rows.tolist() == table.argmin(axis=1).tolist() and rows[:2].tolist() == [7, 3]
+    assert distances == pytest.approx(table.min(axis=1), rel=1e-5)
+    assert distances[:2].tolist() == [0, 0]
+    with pytest.raises(ValueError, match=r"\(4, 4, 3\) cannot be compared with training \(2, 2, 3\)"):
+        memorization.nearest_distances(queries, bank[:, :2, :2])
+
+
+def test_near_copies_at_matched_quantile():
+    unseen, weights = np.arange(1.0, 101.0), np.full(100, 0.01)
+    own = memorization.near_copies(unseen, unseen, weights)
+    assert 0 <= own["0.01"]["value"] <= 0.01 and 0.03 <= own["0.05"]["value"] <= 0.05
+    planted = memorization.near_copies(np.r_[np.zeros(30), np.full(70, 50.0)], unseen, weights)
+    assert planted["0.01"]["value"] == planted["0.05"]["value"] == 0.3
+    heavy = np.r_[np.full(10, 0.09), np.full(90, 0.1 / 90)]  # the nearest ten stand for nine tenths of the set
+    assert memorization.near_copies(unseen, unseen, heavy)["0.05"]["threshold"] == 1
+
+
+# Classifier
+
+
+def test_classifier_learns_repeats_and_survives_saving(tmp_path):
+    train, test = toy_images(320, 0), toy_images(160, 1)
+    settings = {"num_classes": len(NAMES), "steps": 80, "seed": 3, "width": 12, "batch_size": 32}
+    model = classifiers.train_classifier(train.images, train.labels, **settings)
+    answers = classifiers.predictions(model, classifiers.features(model, test.images))
+    assert (answers == test.labels).mean() > 0.9
+    again = classifiers.train_classifier(train.images, train.labels, **settings)
+    assert classifiers.weights_hash(again) == classifiers.weights_hash(model)
+    other = classifiers.train_classifier(train.images, train.labels, **{**settings, "seed": 4})
+    assert classifiers.weights_hash(other) != classifiers.weights_hash(model)
+
+    classifiers.save(model, tmp_path / "judge", {"steps": 60})
+    loaded, training = classifiers.load(tmp_path / "judge")
+    assert training == {"steps": 60}
+    assert classifiers.features(loaded, test.images).tolist() == classifiers.features(model, test.images).tolist()
+    weights = tmp_path / "judge" / classifiers.WEIGHTS_NAME
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="judge is damaged"):
+        classifiers.load(tmp_path / "judge")
+    with pytest.raises(FileNotFoundError, match="holds no classifier"):
+        classifiers.load(tmp_path)
+
+
+def test_classifier_takes_any_size_and_grey_and_refuses_wrong_labels():
+    model = classifiers.ImageClassifier(num_classes=3, in_channels=1, width=8, kernel_size=5).eval()
+    for size in (9, 28, 33):
+        assert classifiers.features(model, np.zeros((2, size, size, 1), np.uint8)).shape == (2, 16)
+    with pytest.raises(ValueError, match="4 integers in 0 to 2"):
+        classifiers.train_classifier(
+            np.zeros((4, 9, 9, 1), np.uint8), np.array([0, 1, 2, 3]), num_classes=3, steps=1, seed=0
+        )
+
+
+def test_augmentation_is_repeatable_and_keeps_left_and_right_apart_on_demand():
+    pixel_values = torch.full((64, 1, 28, 28), -0.5)
+    pixel_values[..., :14] = 0.5  # bright on the left
+    views = [classifiers.augment(pixel_values, torch.Generator().manual_seed(0), flip) for flip in (True, True, False)]
+    assert torch.equal(views[0], views[1])
+    left_is_brighter = [view[..., :10].mean(dim=(1, 2, 3)) > view[..., 18:].mean(dim=(1, 2, 3)) for view in views]
+    assert left_is_brighter[2].all() and 5 < left_is_brighter[0].sum() < 59
+
+
+# Protocol and report
+
+
+def test_protocol_tells_real_from_shuffled_blurred_collapsed_and_copied(reference):
+    fresh = toy_images(160, 2)
+    rng = np.random.default_rng(0)
+    sets = {
+        "fresh": fresh,
+        "copied": protocol.real_training_images(reference),
+        "shuffled": Split(fresh.images, rng.permutation(fresh.labels)),
+        "collapsed": Split(fresh.images[fresh.labels], fresh.labels),
+    }
+    results = {name: protocol.measure(split, reference) for name, split in sets.items()}
+    for judge in protocol.EVALUATORS:
+        entries = {name: result["evaluators"][judge] for name, result in results.items()}
+        fidelity = {name: entry["fidelity"]["overall"]["value"] for name, entry in entries.items()}
+        assert fidelity["fresh"] > 0.9 and fidelity["shuffled"] < 0.3
+        diversity = {name: entry["within_class_distance"]["ratio"] for name, entry in entries.items()}
+        assert 0.8 < diversity["fresh"]["value"] < 1.2 and diversity["collapsed"]["value"] == 0
+        assert diversity["copied"]["value"] == 1
+        ratios = {name: entry["frechet"]["ratio"]["value"] for name, entry in entries.items()}
+        assert 0.3 < ratios["fresh"] < 3 and ratios["copied"] == 1 and ratios["collapsed"] > 3
+        copies = {name: entry["near_copies"]["0.05"]["value"] for name, entry in entries.items()}
+        assert copies["copied"] == 1 and copies["fresh"] < 0.15
+    pixel_copies = {name: result["near_copies_pixels"]["0.05"]["value"] for name, result in results.items()}
+    assert pixel_copies["copied"] == 1 and pixel_copies["fresh"] < 0.15
+
+
+def test_score_of_training_on_images_falls_with_shuffled_labels(reference):
+    real = protocol.real_training_images(reference)
+    assert np.bincount(real.labels).tolist() == [20] * 8
+    good = protocol.classification_accuracy_score(real, reference, steps=40)
+    shuffled = Split(real.images, np.random.default_rng(0).permutation(real.labels))
+    assert good["value"] > 0.8 and good["num_training_images"] == 160
+    assert protocol.classification_accuracy_score(shuffled, reference, steps=40)["value"] < 0.4
+
+
+def test_evaluators_of_other_images_are_refused(evaluator_folder, reference):
+    other = toy_images(480, 5)
+    with pytest.raises(ValueError, match="trained on other images"):
+        protocol.load_evaluators(evaluator_folder, other, reference.test, len(NAMES), 1)
+
+
+def test_heldout_prompts_go_through_the_captions_of_each_class():
+    bank = load_bank("bloodmnist")
+    labels = balanced_labels(24, len(NAMES))
+    prompts = heldout_prompts(bank, labels)
+    for index, (label, prompt) in enumerate(zip(labels, prompts, strict=True)):
+        assert prompt == bank.heldout_captions(int(label))[index // len(NAMES)]
+    assert len(set(prompts)) == 24
+
+
+def test_images_come_back_from_a_file_and_wrong_files_are_refused(tmp_path):
+    generated = toy_images(16, 0)
+    save_images(tmp_path / "drawn.npz", generated, ["a cell"] * 16)
+    again = read_images(tmp_path / "drawn.npz", NAMES)
+    assert (again.images == generated.images).all() and (again.labels == generated.labels).all()
+    with pytest.raises(ValueError, match="labels outside 0 to 2"):
+        read_images(tmp_path / "drawn.npz", ("a", "b", "c"))
+    np.savez(tmp_path / "wrong.npz", pictures=generated.images)
+    with pytest.raises(ValueError, match="must hold images and labels, it holds pictures"):
+        read_images(tmp_path / "wrong.npz", NAMES)
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "results.json"
+    report.write_results({"value": 1}, path)
+    with pytest.raises(ValueError):
+        report.write_results({"value": float("nan")}, path)
+    assert json.loads(path.read_text()) == {"value": 1}
+    assert [file.name for file in path.parent.iterdir()] == ["results.json"]
+
+
+def test_git_state_of_a_checkout_and_of_an_installed_package(tmp_path):
+    assert report.git_state(tmp_path) is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    state = report.git_state(tmp_path)
+    assert len(state["commit"]) == 40 and not state["dirty"]
+    (tmp_path / "file").touch()
+    assert report.git_state(tmp_path)["dirty"]
+
+
+# The script
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory, reference, evaluator_folder):
+    """Return a folder with a real set, an untrained pipeline and the evaluators of that set."""
+    folder = tmp_path_factory.mktemp("workspace")
+    splits = {"train": reference.train, "test": reference.test}
+    arrays = {f"{name}_images": split.images for name, split in splits.items()}
+    np.savez(folder / "bloodmnist_toy.npz", **arrays, **{f"{k}_labels": v.labels[:, None] for k, v in splits.items()})
+    (folder / "evaluators").symlink_to(evaluator_folder)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"a an cell microscopy image of".split()]
+    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(words)}, model_max_length=64)
+    torch.manual_seed(0)
+    encoder = BertModel(
+        BertConfig(
+            vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+        )
+    )
+    unet = VisBioUNet(
+        sample_size=12,
+        block_out_channels=(16, 32),
+        num_transformer_layers=1,
+        attention_head_dim=16,
+        cross_attention_dim=16,
+        film_dim=16,
+        norm_num_groups=8,
+    )
+    VisBioPipeline(unet, DDIMScheduler(prediction_type="v_prediction"), encoder.eval(), tokenizer).save_pretrained(
+        folder / "pipeline"
+    )
+    return folder
+
+
+def test_an_image_depends_on_its_seed_and_not_on_the_batch(workspace):
+    pipe = VisBioPipeline.from_pretrained(workspace / "pipeline")
+    drawn = [generate_images(pipe, ["a cell"] * 5, 7, size, num_inference_steps=2) for size in (5, 2)]
+    assert drawn[0].dtype == np.uint8 and drawn[0].shape == (5, 12, 12, 3)
+    assert np.abs(drawn[0].astype(int) - drawn[1]).max() <= 1
+    assert (drawn[0][0] != drawn[0][1]).any()
+
+
+def run_script(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    script = Path(__file__).parents[1] / "train_scripts" / "evaluate.py"
+    command = [sys.executable, str(script), "--dataset_name", "bloodmnist_toy.npz", "--evaluators", "evaluators"]
+    return subprocess.run([*command, *arguments], cwd=folder, capture_output=True, text=True)
+
+
+def test_script_measures_a_model_at_two_guidance_scales_and_its_images_again(workspace):
+    sweep = ["--guidance_scale", "1", "2", "--guidance_interval", "0.2", "0.8", "--num_inference_steps", "2"]
+    model = ["--model", "pipeline", "--num_images", "32", "--fast", "--keep"]
+    done = run_script(workspace, *model, *sweep, "--output", "out/sweep.json")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((workspace / "out" / "sweep.json").read_text())
+    assert [run["guidance_scale"] for run in results["runs"]] == [1, 2]
+    assert [run["num_inference_steps"] for run in results["runs"]] == [2, 2]
+    assert all(len(run["heldout_wording"]["cnn3"]["per_prompt"]) == 32 for run in results["runs"])
+    assert {"versions", "git", "hardware", "command", "seed", "wall_clock_seconds"} <= set(results)
+    table = (workspace / "out" / "sweep.md").read_text()
+    for run in results["runs"]:
+        for judge in protocol.EVALUATORS:
+            assert f"{run['evaluators'][judge]['frechet']['value']['value']:.3f}" in table
+    assert "Generated, guidance 2" in table and "(CAS)" not in table
+
+    kept = "out/sweep-guidance-2.npz"
+    done = run_script(workspace, "--images", kept, "--cas_steps", "5", "--output", "out/images.json")
+    assert done.returncode == 0, done.stderr
+    again = json.loads((workspace / "out" / "images.json").read_text())
+    assert again["runs"][0]["evaluators"] == results["runs"][1]["evaluators"]
+    assert "(CAS)" in (workspace / "out" / "images.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give either --model or --images"),
+        (("--images", "nothing.npz"), "nothing.npz"),
+        (("--images", "bloodmnist_toy.npz"), "must hold images and labels"),
+        (("--images", "x.npz", "--guidance_scale", "2"), "need --model"),
+    ],
+)
+def test_script_refuses_in_one_line(workspace, arguments, message):
+    done = run_script(workspace, *arguments, "--output", "refused.json")
+    assert done.returncode != 0 and message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert not (workspace / "refused.json").exists()
+
+
+# Real images
+
+
+def test_real_images_are_recognised_by_evaluators_of_the_kept_kind(visbio_data):
+    """A short training already knows most real test images; the full one (2,000 steps) is reported in the card."""
+    path = str(visbio_data / "medmnist" / "bloodmnist_rebuilt_28.npz")
+    train, test = (as_split(load_image_dataset(path, split)) for split in ("train", "test"))
+    model = classifiers.train_classifier(train.images, train.labels, num_classes=8, steps=60, seed=0)
+    answers = classifiers.predictions(model, classifiers.features(model, test.images[:500]))
+    assert (answers == test.labels[:500]).mean() > 0.6

@@ -1,0 +1,219 @@
+"""The command `visbio`: draw images, export labelled sets, look at data sets.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Mistakes are answered in one line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from visbio_diffusers import __version__
+
+
+# What a command needs beyond argparse is imported in its function, so that help and usage errors do not wait for it.
+
+GENERATE_HELP = """\
+Draw images from descriptions, or a balanced labelled set for a classifier.
+
+  visbio generate "a segmented neutrophil, Wright-Giemsa stain" --num-images 8 --output out.png
+  visbio generate --dataset bloodmnist --per-class 1000 --format imagefolder --output synthetic-blood
+
+Each image has its own seed (in its metadata), and is drawn from torch.Generator().manual_seed(seed): image k of a
+prompt has --seed + k, image i of a set --seed + i. It does not depend on the batch size or the number of images.
+A set that was interrupted goes on where it stopped when the same command is given again."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that answers wrong usage in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"visbio: error: {message}; see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `visbio` with the arguments `argv`, by default those of the process, and return the exit code.
+
+    Raises:
+        SystemExit: after --help and --version, and for wrong usage.
+    """
+    args = _build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        sys.stderr.write("\nvisbio: interrupted\n")
+        return 130
+    except (ValueError, OSError, MemoryError) as error:
+        sys.stderr.write(f"visbio: error: {_line(error)}\n")
+        return 1
+    return 0
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="visbio", description="Text-to-image diffusion models for biology.")
+    parser.add_argument("--version", action="version", version=f"visbio {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    generate = commands.add_parser(
+        "generate",
+        help="draw images from descriptions, or a labelled set",
+        description=GENERATE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_generate_arguments(generate)
+    generate.set_defaults(run=_generate, error=generate.error)
+
+    data = commands.add_parser("data", help="look at image sets")
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="the MedMNIST sets: sizes, classes, licences")
+    listing.set_defaults(run=_list_data)
+    preview = actions.add_parser("preview", help="figures of a set, and a sheet of its images with captions")
+    preview.add_argument("dataset", help="a MedMNIST flag (downloaded on first use), an npz, a folder, a Hub set")
+    preview.add_argument("--split", default="train", help="default: %(default)s")
+    preview.add_argument("--resolution", type=_positive, help="side in pixels; default: as they are")
+    preview.add_argument("--num-images", type=_positive, default=32, help="images on the sheet; default: %(default)s")
+    preview.add_argument("--seed", type=_seed, default=0, help="of the choice and the captions; default: %(default)s")
+    preview.add_argument("--caption-bank", help="describes the classes of a set that is not MedMNIST's")
+    preview.add_argument("--output", type=Path, default=Path("preview.png"), help="the sheet; default: %(default)s")
+    preview.set_defaults(run=_preview_data)
+    return parser
+
+
+def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("prompts", nargs="*", metavar="PROMPT", help="a description of the image")
+    add("--num-images", type=_positive, help="images of each prompt; default: 8")
+    add("--dataset", help="draw the classes of this set instead: a MedMNIST flag, or a YAML caption bank")
+    add("--per-class", type=_positive, help="images of each class of --dataset")
+    add("--format", choices=("imagefolder", "npz", "grid"), default="imagefolder", help="default: %(default)s")
+    add("--prompts", choices=("plain", "captions"), default="plain", dest="wording", help="of a set; default: plain")
+    add("--output", type=Path, help="PNG, npz or, for an imagefolder, a folder; default for prompts: out.png")
+    add("--steps", type=_positive, help="denoising steps; default: the pipeline's")
+    add("--guidance-scale", type=float, help="weight of the text, 1 is off; default: the pipeline's")
+    add("--negative-prompt", help="what to steer away from")
+    add("--seed", type=_seed, default=0, help="of the first image; default: %(default)s")
+    add("--height", type=_positive, help="in pixels; default: the model's size")
+    add("--width", type=_positive, help="in pixels; default: the model's size")
+    add("--batch-size", type=_positive, default=64, help="images drawn together; default: %(default)s")
+    add("--model", help="a folder or a Hub id; default: the model that comes with the package")
+    add("--device", type=_device, help="cpu, cuda, cuda:1 or mps; default: the fastest there is")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="default: %(default)s")
+
+
+def _generate(args: argparse.Namespace) -> None:
+    output = _check_generate(args)
+    from visbio_diffusers import generate
+    from visbio_diffusers.captions import load_bank
+    from visbio_diffusers.load import load_pipeline
+
+    labelled = None
+    if args.dataset is not None:
+        labelled = generate.LabelledSet(load_bank(args.dataset), args.per_class, args.seed, args.wording)
+    pipe, provenance = load_pipeline(args.model, args.device, args.dtype)
+    studio = generate.open_studio(
+        pipe,
+        provenance,
+        args.batch_size,
+        negative_prompt=args.negative_prompt,
+        height=args.height,
+        width=args.width,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance_scale,
+    )
+    if labelled is None:
+        folder = generate.generate_prompts(studio, args.prompts, args.num_images or 8, args.seed, output)
+        _say(f"single images: {folder}")
+    else:
+        write = {"grid": generate.generate_grid, "npz": generate.generate_npz, "imagefolder": generate.generate_folder}
+        write[args.format](studio, labelled, output)
+    _say(str(output))
+
+
+def _check_generate(args: argparse.Namespace) -> Path:
+    """Refuse arguments that do not go together, and return the output."""
+    if (args.dataset is None) == (not args.prompts):
+        args.error("give either prompts or --dataset")
+    if args.dataset is None:
+        output, suffix = args.output or Path("out.png"), ".png"
+        if args.per_class is not None:
+            args.error("--per-class is for --dataset; the images of a prompt are counted by --num-images")
+    else:
+        output, suffix = args.output, {"grid": ".png", "npz": ".npz"}.get(args.format)
+        if args.per_class is None or output is None:
+            args.error("--dataset needs --per-class and --output")
+        if args.num_images is not None:
+            args.error("--num-images is for prompts; the images of --dataset are counted by --per-class")
+    if suffix is not None and output.suffix.lower() != suffix:
+        args.error(f"--output {output} must end in {suffix}")
+    return output
+
+
+def _list_data(args: argparse.Namespace) -> None:
+    from visbio_diffusers.data import list_datasets
+
+    columns = ("flag", "train", "val", "test", "classes", "channels", "task", "licence", "sizes", "downloaded")
+    rows = [columns]
+    for row in list_datasets():
+        counts = [row[name] for name in ("train", "val", "test", "num_classes", "channels")]
+        sizes, downloaded = (" ".join(map(str, row[name])) for name in ("sizes", "downloaded"))
+        rows.append((row["name"], *map(str, counts), row["task"], row["licence"], sizes, downloaded or "-"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        _say("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _preview_data(args: argparse.Namespace) -> None:
+    from visbio_diffusers.data import load_image_dataset, preview
+
+    dataset = load_image_dataset(args.dataset, args.split, resolution=args.resolution, caption_bank=args.caption_bank)
+    figures = preview(dataset, args.output, args.num_images, args.seed)
+    sizes = " to ".join(dict.fromkeys(f"{figures[name][0]} x {figures[name][1]}" for name in ("smallest", "largest")))
+    licence = figures["licence"] or "licence unknown"
+    _say(f"{figures['name']}, {figures['split']}: {figures['num_images']} images of {sizes} pixels, {licence}")
+    intensity = ", ".join(f"{name} {value}" for name, value in figures["intensity"].items())
+    _say(f"channels: {figures['channels']}; intensity: {intensity}")
+    for title in ("class", "subtype"):
+        counts = figures[f"{title}_counts"] or {}
+        width = max(map(len, counts), default=0)
+        for name, count in counts.items():
+            _say(f"{title} {name.ljust(width)}  {count:7d}")
+    _say(str(args.output))
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**62:
+        raise argparse.ArgumentTypeError(f"{value} must be from 0 to 2^62")
+    return value
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of cpu, cuda, cuda:N and mps")
+    return text
+
+
+def _line(error: BaseException) -> str:
+    """Return the message of an error in one line; that of the system with its file first."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""Measures of a text-to-image model of labelled images: fidelity, diversity, distance to real, copies, usefulness."""
+
+from visbio_diffusers.evaluation.features import ImageClassifier, train_classifier, weights_hash
+from visbio_diffusers.evaluation.images import (
+    Split,
+    as_split,
+    balanced_labels,
+    generate_images,
+    heldout_prompts,
+    read_images,
+    save_images,
+)
+from visbio_diffusers.evaluation.protocol import (
+    EVALUATORS,
+    Evaluator,
+    Reference,
+    classification_accuracy_score,
+    describe_evaluators,
+    load_evaluators,
+    make_reference,
+    measure,
+    measure_wording,
+    real_training_images,
+)
+from visbio_diffusers.evaluation.report import environment, render_card_results, write_results
+
+
+__all__ = [
+    "EVALUATORS",
+    "Evaluator",
+    "ImageClassifier",
+    "Reference",
+    "Split",
+    "as_split",
+    "balanced_labels",
+    "classification_accuracy_score",
+    "describe_evaluators",
+    "environment",
+    "generate_images",
+    "heldout_prompts",
+    "load_evaluators",
+    "make_reference",
+    "measure",
+    "measure_wording",
+    "read_images",
+    "real_training_images",
+    "render_card_results",
+    "save_images",
+    "train_classifier",
+    "weights_hash",
+    "write_results",
+]

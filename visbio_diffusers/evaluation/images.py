@@ -1,0 +1,128 @@
+"""Labelled images to evaluate: drawn from a pipeline by prompts, or read from files."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from visbio_diffusers.data import ImageDataset, load_image_dataset
+
+
+if TYPE_CHECKING:
+    from visbio_diffusers.captions import CaptionBank
+    from visbio_diffusers.pipelines.pipeline_visbio import VisBioPipeline
+
+
+@dataclass(frozen=True)
+class Split:
+    """Labelled images, real or generated.
+
+    Args:
+        images (`np.ndarray` of shape `(n, height, width, channels)`): uint8.
+        labels (`np.ndarray` of shape `(n,)`): class indices, int64.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def as_split(dataset: ImageDataset) -> Split:
+    """Decode all images of a set with one class per image.
+
+    Raises:
+        ValueError: if the set has no labels, several per image, or images of different sizes.
+    """
+    name = f"the {dataset.split} split of {dataset.name}"
+    if dataset.labels is None or dataset.labels.ndim != 1:
+        raise ValueError(f"{name} needs one class label per image to be evaluated")
+    images = [dataset[i]["image"] for i in range(len(dataset))]
+    if len({image.shape for image in images}) > 1:
+        raise ValueError(f"{name} has images of different sizes: resize them to one size first")
+    return Split(np.stack(images), dataset.labels.astype(np.int64))
+
+
+def read_images(source: str | Path, class_names: tuple[str, ...], caption_bank: str | None = None) -> Split:
+    """Read generated images from an npz (`images`, `labels`) or from an image folder with labels.
+
+    Args:
+        source (`str` or `Path`): labels of an npz are indices of `class_names`; those of a folder are names.
+        caption_bank (`str`, *optional*): bank of the real set, by whose class names a folder's labels are ordered.
+
+    Raises:
+        ValueError: for missing keys, wrong types, or classes that the real set does not have.
+    """
+    if not str(source).endswith(".npz"):
+        dataset = load_image_dataset(str(source), "train", caption_bank=caption_bank)
+        if dataset.class_names != class_names:
+            raise ValueError(f"{source} has the classes {dataset.class_names}, the real images have {class_names}")
+        return as_split(dataset)
+    with np.load(source, allow_pickle=False) as file:
+        if not {"images", "labels"} <= set(file):
+            raise ValueError(f"{source} must hold images and labels, it holds {', '.join(file)}")
+        images, labels = file["images"], file["labels"].reshape(-1).astype(np.int64)
+    images = images[..., None] if images.ndim == 3 else images
+    if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(labels) or len(images) == 0:
+        raise ValueError(f"{source} must hold uint8 images (n, height, width[, channels]) and as many labels")
+    if labels.min() < 0 or labels.max() >= len(class_names):
+        raise ValueError(f"{source} has labels outside 0 to {len(class_names) - 1}, the classes of the real images")
+    return Split(images, labels)
+
+
+def balanced_labels(num_images: int, num_classes: int) -> np.ndarray:
+    """Return `num_images` class indices, 0, 1, 2, ..., 0, 1, ...: as many of every class, give or take one."""
+    return np.arange(num_images) % num_classes
+
+
+def heldout_prompts(bank: CaptionBank, labels: np.ndarray) -> list[str]:
+    """Return a held-out caption per label, going through those of its class in turn; empty if a class has none."""
+    captions = {label: bank.heldout_captions(int(label)) for label in np.unique(labels)}
+    if not all(captions.values()):
+        return []
+    drawn = dict.fromkeys(captions, 0)
+    prompts = []
+    for label in labels:
+        prompts.append(captions[label][drawn[label] % len(captions[label])])
+        drawn[label] += 1
+    return prompts
+
+
+def generate_images(
+    pipe: VisBioPipeline, prompts: list[str], first_seed: int = 0, batch_size: int = 64, **options
+) -> np.ndarray:
+    """Draw one image per prompt; image i has a generator of its own with the seed `first_seed + i`.
+
+    Args:
+        pipe (`VisBioPipeline`): on the device to use.
+        options: for the pipeline's call, such as `guidance_scale`.
+
+    Returns:
+        uint8 images of shape `(n, height, width, channels)`.
+    """
+    pipe.set_progress_bar_config(disable=True)
+    batches = []
+    with tqdm(total=len(prompts), desc="generating", unit="image") as bar:
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            generators = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(batch))]
+            images = pipe(prompt=batch, generator=generators, output_type="np", **options).images
+            batches.append((images * 255).round().astype(np.uint8))
+            bar.update(len(batch))
+    return np.concatenate(batches)
+
+
+def save_images(path: str | Path, generated: Split, prompts: list[str]) -> None:
+    """Write images, labels and prompts to an npz that `read_images` reads, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        np.savez_compressed(temporary, images=generated.images, labels=generated.labels, prompts=np.array(prompts))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

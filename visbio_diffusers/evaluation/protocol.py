@@ -1,0 +1,262 @@
+"""The evaluation of labelled images against one real set: what is measured, with what, and beside what."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from visbio_diffusers.evaluation import features as evaluator_features
+from visbio_diffusers.evaluation.features import ImageClassifier, predictions, train_classifier, weights_hash
+from visbio_diffusers.evaluation.images import Split
+from visbio_diffusers.evaluation.memorization import near_copies, nearest_distances
+from visbio_diffusers.evaluation.metrics import (
+    class_weights,
+    fidelity,
+    frechet_with_floor,
+    proportion_interval,
+    within_class_distance,
+)
+
+
+# Two judges that share neither seed nor shape: what only one of them sees is not to be believed.
+EVALUATORS = {
+    "cnn3": {"width": 64, "kernel_size": 3, "seed": 0},
+    "cnn5": {"width": 40, "kernel_size": 5, "seed": 1},
+}
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """A classifier trained on the train split, with its features of the real images.
+
+    Args:
+        name (`str`): stands in the name of the distance, FD-`name`.
+        model (`ImageClassifier`): in evaluation mode.
+        training (`dict`): how it was trained.
+        train_features, test_features (`np.ndarray` of shape `(n, d)`): of the two splits.
+    """
+
+    name: str
+    model: ImageClassifier
+    training: dict
+    train_features: np.ndarray
+    test_features: np.ndarray
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Everything real that evaluated images are held against; made once for any number of evaluated sets.
+
+    Args:
+        class_names (`tuple` of `str`): in the order of the labels.
+        train, test (`Split`): real images; test ones were seen by no model and no evaluator.
+        matched (`np.ndarray`): rows of `train` with as many images of every class as the evaluated set has.
+        weights (`np.ndarray`): of the test images, bringing them to the class shares of the evaluated set.
+        evaluators (`list` of `Evaluator`): the judges.
+        test_distances (`np.ndarray`): from every test image to its nearest training image, in [0, 1] pixels.
+        flip (`bool`): see `augment`; for classifiers trained on the evaluated images.
+        seed (`int`): of the bootstrap and of those classifiers.
+        device (`str`): where the classifiers run.
+    """
+
+    class_names: tuple[str, ...]
+    train: Split
+    test: Split
+    matched: np.ndarray
+    weights: np.ndarray
+    evaluators: list[Evaluator]
+    test_distances: np.ndarray
+    flip: bool
+    seed: int
+    device: str
+
+
+def match_classes(labels: np.ndarray, wanted: np.ndarray, seed: int) -> np.ndarray:
+    """Draw rows of `labels` with as many of every class as `wanted` has, or all where there are fewer."""
+    rng = np.random.default_rng(seed)
+    rows = [
+        rng.permutation(np.flatnonzero(labels == label))[:count]
+        for label, count in zip(*np.unique(wanted, return_counts=True), strict=True)
+    ]
+    return np.sort(np.concatenate(rows))
+
+
+def load_evaluators(
+    folder: str | Path,
+    train: Split,
+    test: Split,
+    num_classes: int,
+    steps: int,
+    *,
+    flip: bool = True,
+    device: str = "cpu",
+) -> list[Evaluator]:
+    """Load the judges of EVALUATORS from `folder`; those that are not there yet are trained and saved.
+
+    Args:
+        folder (`str` or `Path`): one subfolder per judge.
+        train, test (`Split`): real images; only `train` is trained on.
+        steps (`int`), flip (`bool`): see `train_classifier`; used only where training is needed.
+
+    Raises:
+        ValueError: if a judge in the folder was trained on other images.
+    """
+    digest = hashlib.sha256(train.images.tobytes() + train.labels.astype(np.int64).tobytes()).hexdigest()
+    evaluators = []
+    for name, settings in EVALUATORS.items():
+        path = Path(folder) / name
+        if not path.is_dir():
+            settings = {**settings, "steps": steps, "flip": flip}
+            model = train_classifier(
+                train.images,
+                train.labels,
+                num_classes=num_classes,
+                device=device,
+                description=f"training evaluator {name}",
+                **settings,
+            )
+            training = {**settings, "train_images": len(train.images), "train_sha256": digest}
+            evaluator_features.save(model, path, training)
+        model, training = evaluator_features.load(path, device)
+        if training["train_sha256"] != digest:
+            raise ValueError(f"{path} was trained on other images: name another --evaluators folder for this set")
+        real = (evaluator_features.features(model, split.images) for split in (train, test))
+        evaluators.append(Evaluator(name, model, training, *real))
+    return evaluators
+
+
+def make_reference(
+    class_names: tuple[str, ...],
+    train: Split,
+    test: Split,
+    evaluators: list[Evaluator],
+    labels: np.ndarray,
+    *,
+    flip: bool = True,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Reference:
+    """Prepare the real side of an evaluation of images with the class indices `labels` `(n,)`.
+
+    Raises:
+        ValueError: if a class among `labels` has no real images.
+    """
+    class_weights(train.labels, labels)
+    return Reference(
+        class_names=class_names,
+        train=train,
+        test=test,
+        matched=match_classes(train.labels, labels, seed),
+        weights=class_weights(test.labels, labels),
+        evaluators=evaluators,
+        test_distances=nearest_distances(test.images, train.images, device=device)[0],
+        flip=flip,
+        seed=seed,
+        device=device,
+    )
+
+
+def describe_evaluators(reference: Reference) -> list[dict]:
+    """Return name, hash, size and accuracy on real test images of every judge."""
+    return [
+        {
+            "name": judge.name,
+            "sha256": weights_hash(judge.model),
+            "parameters": sum(parameter.numel() for parameter in judge.model.parameters()),
+            "model": judge.model.config,
+            "training": judge.training,
+            "real_test": fidelity(
+                predictions(judge.model, judge.test_features), reference.test.labels, reference.class_names
+            ),
+        }
+        for judge in reference.evaluators
+    ]
+
+
+def measure(generated: Split, reference: Reference, cas_steps: int = 0) -> dict:
+    """Measure fidelity, diversity, Frechet distance, copies and use of images with the classes `generated.labels`.
+
+    Args:
+        cas_steps (`int`): optimizer steps of `classification_accuracy_score`; 0 leaves it out.
+
+    Returns:
+        `near_copies_pixels`, and under `evaluators` for each judge `fidelity`, `within_class_distance`, `frechet`
+        (to the real test images, classes weighed alike; the floor is as many training images) and `near_copies`.
+    """
+    distances, _ = nearest_distances(generated.images, reference.train.images, device=reference.device)
+    result = {
+        "n": len(generated.images),
+        "near_copies_pixels": near_copies(distances, reference.test_distances, reference.weights),
+        "evaluators": {},
+    }
+    matched_labels = reference.train.labels[reference.matched]
+    for judge in reference.evaluators:
+        features = evaluator_features.features(judge.model, generated.images)
+        matched = judge.train_features[reference.matched]
+        test_distances, _ = nearest_distances(judge.test_features, judge.train_features, device=reference.device)
+        distances, _ = nearest_distances(features, judge.train_features, device=reference.device)
+        result["evaluators"][judge.name] = {
+            "fidelity": fidelity(predictions(judge.model, features), generated.labels, reference.class_names),
+            "within_class_distance": within_class_distance(
+                features, generated.labels, matched, matched_labels, reference.class_names, seed=reference.seed
+            ),
+            "frechet": frechet_with_floor(
+                features,
+                matched,
+                judge.test_features,
+                reference.weights,
+                floor_weights=class_weights(matched_labels, generated.labels),
+                seed=reference.seed,
+            ),
+            "near_copies": near_copies(distances, test_distances, reference.weights),
+        }
+    if cas_steps:
+        result["classification_accuracy_score"] = classification_accuracy_score(generated, reference, cas_steps)
+    return result
+
+
+def measure_wording(generated: Split, prompts: list[str], reference: Reference) -> dict:
+    """Measure how many images of each prompt are recognised as its class, per judge; `prompts` has one per image."""
+    wordings = np.array(prompts)
+    result = {}
+    for judge in reference.evaluators:
+        answers = predictions(judge.model, evaluator_features.features(judge.model, generated.images))
+        hits = answers == generated.labels
+        result[judge.name] = {
+            **fidelity(answers, generated.labels, reference.class_names),
+            "per_prompt": {
+                prompt: proportion_interval(int(hits[wordings == prompt].sum()), int((wordings == prompt).sum()))
+                for prompt in dict.fromkeys(prompts)
+            },
+        }
+    return result
+
+
+def classification_accuracy_score(training: Split, reference: Reference, steps: int) -> dict:
+    """Return the accuracy on real test images of a classifier trained on `training` alone.
+
+    The interval is that of the test images; another seed of the training moves the value, too.
+
+    Source: Ravuri and Vinyals 2019, Classification Accuracy Score for Conditional Generative Models.
+    """
+    model = train_classifier(
+        training.images,
+        training.labels,
+        num_classes=len(reference.class_names),
+        steps=steps,
+        seed=reference.seed,
+        flip=reference.flip,
+        device=reference.device,
+        description=f"classifier on {len(training.images)} images",
+    )
+    answers = predictions(model, evaluator_features.features(model, reference.test.images))
+    hits = int((answers == reference.test.labels).sum())
+    return {**proportion_interval(hits, len(answers)), "num_training_images": len(training.images), "steps": steps}
+
+
+def real_training_images(reference: Reference) -> Split:
+    """Return the real training images that stand beside the evaluated ones."""
+    return Split(reference.train.images[reference.matched], reference.train.labels[reference.matched])

@@ -1,0 +1,143 @@
+"""Results as files: what was measured, where, with which versions, and the table that model cards show."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+import visbio_diffusers
+
+
+PACKAGES = ("torch", "diffusers", "transformers", "numpy")
+
+
+def environment() -> dict:
+    """Return versions, git state, hardware and command of this process, as JSON values."""
+    cuda = torch.cuda.is_available()
+    return {
+        "versions": {
+            "visbio_diffusers": visbio_diffusers.__version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in PACKAGES},
+        },
+        "git": git_state(Path(visbio_diffusers.__file__).parents[1]),
+        "hardware": {
+            "machine": platform.machine(),
+            "cpu": f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if cuda else None,
+        },
+        "command": shlex.join(["python", *sys.argv]),
+    }
+
+
+def git_state(folder: Path) -> dict | None:
+    """Return `commit` and `dirty` (uncommitted changes) of a git checkout, None for an installed package."""
+    if not (folder / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True)
+
+    head = git("rev-parse", "--verify", "HEAD")
+    return {
+        "commit": head.stdout.strip() if head.returncode == 0 else None,  # None: nothing committed yet
+        "dirty": bool(git("status", "--porcelain").stdout.strip()),
+    }
+
+
+def write_results(results: dict, path: str | Path) -> None:
+    """Write results as JSON, whole or not at all.
+
+    Raises:
+        OSError: if the file cannot be written; what stood there before is untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            json.dump(results, stream, indent=2, allow_nan=False)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def render_card_results(results: dict) -> str:
+    """Return the results as a Markdown table with 95 % intervals, one column per run, and a line that names the run.
+
+    Args:
+        results (`dict`): content of a results.json.
+    """
+    runs = results["runs"]
+    rows = [["Measure (95 % interval)", *map(_run_title, runs), "Real images"]]
+    for judge in results["evaluators"]:
+        rows += _judge_rows(judge, runs)
+    rows += _copy_rows("nearest in pixels", [run["near_copies_pixels"] for run in runs])
+    scores = [run.get("classification_accuracy_score") for run in runs]
+    if all(scores):
+        real = results["real_training_images"]["classification_accuracy_score"]
+        title = "Accuracy on real test images of a classifier trained on these images alone (CAS)"
+        rows.append([title, *map(_cell, scores), _cell(real)])
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + " --- |" * len(rows[0]))
+    return "\n".join([*lines, "", _footnote(results)]) + "\n"
+
+
+def _run_title(run: dict) -> str:
+    scale = run.get("guidance_scale")
+    return "Generated" if scale is None else f"Generated, guidance {scale:g}"
+
+
+def _cell(entry: dict, digits: int = 3) -> str:
+    return f"{entry['value']:.{digits}f} ({entry['low']:.{digits}f} to {entry['high']:.{digits}f})"
+
+
+def _judge_rows(judge: dict, runs: list[dict]) -> list[list[str]]:
+    name = judge["name"]
+    measured = [run["evaluators"][name] for run in runs]
+    real_accuracy = _cell(judge["real_test"]["overall"])
+    rows = [
+        [f"Recognised as the class in the prompt ({name})", *(_cell(m["fidelity"]["overall"]) for m in measured)],
+        [f"Distance within a class, generated / real ({name})"],
+        [f"FD-{name} to real test images", *(_cell(m["frechet"]["value"]) for m in measured)],
+        [f"FD-{name} / that of as many real training images", *(_cell(m["frechet"]["ratio"], 2) for m in measured)],
+    ]
+    rows[0].append(real_accuracy)
+    rows[1] += [*(_cell(m["within_class_distance"]["ratio"]) for m in measured), "1"]
+    rows[2].append(_cell(measured[0]["frechet"]["floor"]))
+    rows[3].append("1")
+    if all("heldout_wording" in run for run in runs):
+        cells = [_cell(run["heldout_wording"][name]["overall"]) for run in runs]
+        rows.insert(1, [f"The same, prompts in held-out wording ({name})", *cells, real_accuracy])
+    return rows + _copy_rows(f"nearest in features of {name}", [m["near_copies"] for m in measured])
+
+
+def _copy_rows(space: str, copies: list[dict]) -> list[list[str]]:
+    return [
+        [f"Near-copies of training images, {space}, {quantile} of real test images", *cells, quantile]
+        for quantile in copies[0]
+        if (cells := [_cell(entry[quantile]) for entry in copies])
+    ]
+
+
+def _footnote(results: dict) -> str:
+    git = results["git"] or {}
+    commit = (git.get("commit") or "none")[:12] + (" with changes" if git.get("dirty") else "")
+    judges = ", ".join(f"{judge['name']} {judge['sha256'][:12]}" for judge in results["evaluators"])
+    return (
+        f"n = {results['runs'][0]['n']} generated images, seed {results['seed']}, real images of {results['dataset']}"
+        f" ({results['split']['num_test']} in its test split); evaluators trained on its train split: {judges};"
+        f" commit {commit}; `{results['command']}`"
+    )

@@ -1,0 +1,127 @@
+"""Finding and loading a pipeline for the command line: the shipped checkpoint, a folder, or a Hub repo."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from safetensors import SafetensorError
+
+from visbio_diffusers import VisBioPipeline
+
+
+DEFAULT_MODEL = "visbio-blood-28"
+WEIGHTS = (".safetensors", ".bin")
+
+
+def default_model() -> Path:
+    """Return the folder of the checkpoint that comes in the package, or lies beside it in an editable install.
+
+    Raises:
+        FileNotFoundError: if it is in neither place.
+    """
+    package = Path(__file__).parent
+    for place in (package, package.parent):
+        folder = place / "model_cards" / DEFAULT_MODEL
+        if (folder / "model_index.json").is_file():
+            return folder
+    raise FileNotFoundError(f"this installation lacks the model {DEFAULT_MODEL}: give --model a folder or a Hub id")
+
+
+def load_pipeline(
+    model: str | None = None, device: str | None = None, dtype: str = "float32"
+) -> tuple[VisBioPipeline, dict[str, str]]:
+    """Load a pipeline onto a device, and say what it is.
+
+    Args:
+        model (`str`, *optional*): a folder written by `save_pretrained`, or "owner/name" of a Hub repo; default is
+            [`default_model`].
+        device (`str`, *optional*): "cpu", "mps", "cuda" or "cuda:1"; default is the fastest there is.
+        dtype (`str`): "float32", "float16" or "bfloat16".
+
+    Returns:
+        The pipeline, and a dict with the name of the `model` and `model_sha256`, the hash of its UNet's weights file
+        (or files, one after the other).
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if it is incomplete or damaged, or there is no such device.
+        OSError: if the Hub cannot be reached.
+    """
+    device = _check_device(device)
+    folder, name = _find(model)
+    try:
+        _check_parts(folder)
+        digest = _hash_weights(folder / "unet")
+        with _no_bars():
+            pipe = VisBioPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"cannot load the model {folder} ({_line(error)}): get a whole copy of it") from error
+    return pipe.to(device), {"model": name, "model_sha256": digest}
+
+
+def _find(model: str | None) -> tuple[Path, str]:
+    """Return the folder of a model, downloaded if need be, and its name."""
+    if model is None:
+        return default_model(), DEFAULT_MODEL
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder, folder.resolve().name
+    if folder.exists() or folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise FileNotFoundError(f"no model folder {model}: give a saved pipeline, or a Hub id owner/name")
+    try:
+        with _no_bars():
+            return Path(VisBioPipeline.download(model)), model
+    except (OSError, ValueError) as error:
+        raise OSError(f"no folder {model} here, and no such model within reach on the Hub: {_line(error)}") from error
+
+
+def _check_parts(folder: Path) -> None:
+    """Refuse a folder without one of its parts: an absent tokenizer would load, as one without words."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    for name, value in index.items():
+        if isinstance(value, list) and value[0] is not None and not (folder / name).is_dir():
+            raise FileNotFoundError(f"it has no folder {name}")
+
+
+def _hash_weights(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS):
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _check_device(device: str | None) -> str:
+    """Return the device, or the fastest one; refuse what this machine lacks."""
+    found = ["cpu"]
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    if torch.cuda.is_available():
+        found += [*(f"cuda:{number}" for number in range(torch.cuda.device_count())), "cuda"]
+    if device is not None and device not in found:
+        raise ValueError(f"no device {device!r} on this machine: it has {', '.join(found)}")
+    return device or found[-1]
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Switch off the libraries' progress bars over the parts of a model, which take less than a second."""
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in (diffusers, transformers):
+            library.utils.logging.enable_progress_bar()
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
