@@ -125,7 +125,7 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_wheel_holds_the_package_and_the_default_checkpoint_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    package = {relative(path) for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    package = {relative(path) for path in PACKAGE.rglob("*.*") if path.suffix in (".py", ".yaml")}
     card = {relative(path) for path in (ROOT / CHECKPOINT).rglob("*") if path.is_file()}
     assert any(name.endswith("caption_banks/bloodmnist.yaml") for name in package)
     assert any(name.endswith("unet/diffusion_pytorch_model.safetensors") for name in card), "no checkpoint to ship"

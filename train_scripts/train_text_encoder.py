@@ -64,7 +64,8 @@ class TextEncoderConfig(TrainConfig):
 
 PRESETS = {
     "tiny": dict(
-        vocab_size=1024, hidden_size=32, num_hidden_layers=1, captions_per_class=64, train_batch_size=8, report_to="none"
+        vocab_size=1024, hidden_size=32, num_hidden_layers=1, captions_per_class=64, train_batch_size=8, use_ema=False,
+        report_to="none",
     ),
     "blood": dict(
         train_batch_size=128, max_train_steps=700, learning_rate=1e-3, lr_scheduler="cosine", lr_warmup_steps=50,

@@ -8,7 +8,7 @@ The folder OUTPUT_DIR/pipeline loads with `VisBioPipeline.from_pretrained`; --re
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +22,7 @@ from visbio_diffusers.captions import load_bank
 from visbio_diffusers.checkpoints import save_folder
 from visbio_diffusers.config import TrainConfig, parse, run
 from visbio_diffusers.data import ImageDataset, caption_pools, load_image_dataset, training_batches
+from visbio_diffusers.evaluation import environment, write_results
 from visbio_diffusers.losses import diffusion_loss, snr_weights
 from visbio_diffusers.training import ema_hook, fit, make_accelerator, make_ema, make_lr_scheduler, make_optimizer
 from visbio_diffusers.validation import validation_hook
@@ -199,7 +200,12 @@ def save_pipeline(pipe: VisBioPipeline, config: TextToImageConfig) -> None:
     if config.save_dtype == "fp16":
         pipe.unet.half()
         pipe.text_encoder.half()
-    save_folder(Path(config.output_dir, "pipeline"), pipe.save_pretrained)
+
+    def write(folder: Path) -> None:
+        pipe.save_pretrained(folder)
+        write_results({**environment(), "config": asdict(config)}, folder / "training.json")
+
+    save_folder(Path(config.output_dir, "pipeline"), write)
 
 
 def default_prompts(datasets: list[ImageDataset]) -> list[str]:

@@ -84,7 +84,12 @@ def moments(features: np.ndarray, weights: np.ndarray | None = None) -> tuple[to
     """Return the mean `(d,)` and the unbiased covariance `(d, d)` of features `(n, d)`, both float64.
 
     `weights` of shape `(n,)` are relative importances (not counts); `None` weighs all alike, which is `np.cov`.
+
+    Raises:
+        ValueError: if there are fewer than 2 rows.
     """
+    if len(features) < 2:
+        raise ValueError(f"{len(features)} image has no covariance: give at least 2")
     x = torch.as_tensor(features, dtype=torch.float64)
     w = torch.full((len(x),), 1 / len(x), dtype=torch.float64) if weights is None else torch.as_tensor(weights)
     w = (w / w.sum()).to(torch.float64)
@@ -194,7 +199,7 @@ def within_class_distance(
             continue
         draws = np.array([_distance_draws(rows, num_resamples, rng) for rows in pair])  # (2, 1 + num_resamples)
         ratios = draws[0] / draws[1]
-        low, high = np.quantile(ratios[1:], [0.025, 0.975])
+        low, high = np.nanquantile(ratios[1:], [0.025, 0.975])
         per_class[name] = {
             "value": float(ratios[0]),
             "low": float(low),
@@ -204,14 +209,17 @@ def within_class_distance(
             "real": float(draws[1, 0]),
         }
         all_ratios.append(ratios)
-    mean = np.mean(all_ratios, axis=0)
-    low, high = np.quantile(mean[1:], [0.025, 0.975])
+    mean = np.nanmean(all_ratios, axis=0)
+    low, high = np.nanquantile(mean[1:], [0.025, 0.975])
     overall = {"value": float(mean[0]), "low": float(low), "high": float(high), "n": len(features)}
     return {"ratio": overall, "per_class": per_class}
 
 
 def _distance_draws(features: np.ndarray, num_resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Return the mean distance of all pairs of rows, then that of resamples; a row's pairs with itself never count."""
+    """Return the mean distance of all pairs of rows, then that of resamples; a row's pairs with itself never count.
+
+    A resample of a small class that drew one row only has no pairs and is NaN.
+    """
     x = torch.as_tensor(features, dtype=torch.float32)
     drawn = rng.multinomial(len(x), np.full(len(x), 1 / len(x)), size=num_resamples)
     counts = torch.as_tensor(np.vstack([np.ones(len(x)), drawn]), dtype=torch.float32)  # (1 + num_resamples, n)

@@ -150,6 +150,12 @@ class VisBioDownBlock(nn.Module):
         )
         self.downsampler = nn.Conv2d(channels, out_channels, 2, stride=2)
 
+    def forward(self, hidden_states, film, run):
+        """Return (B, C', H / 2, W / 2) and the long skip (B, C, H, W); `run` calls a residual block."""
+        for resnet in self.resnets:
+            hidden_states = run(resnet, hidden_states, film)
+        return self.downsampler(hidden_states), hidden_states
+
 
 class VisBioUpBlock(nn.Module):
     """Upsample by two (1x1 convolution and pixel shuffle), join the long skip, then residual blocks."""
@@ -162,9 +168,12 @@ class VisBioUpBlock(nn.Module):
             for i in range(num_layers)
         )
 
-    def upsample(self, hidden_states, skip):
-        """Return (B, 2 C, 2 H, 2 W): the upsampled input beside the encoder's state of that resolution."""
-        return torch.cat([F.pixel_shuffle(self.upsampler(hidden_states), 2), skip], dim=1)
+    def forward(self, hidden_states, skip, film, run):
+        """Return (B, C, 2 H, 2 W) of the input and the encoder's state `skip`; `run` calls a residual block."""
+        hidden_states = torch.cat([F.pixel_shuffle(self.upsampler(hidden_states), 2), skip], dim=1)
+        for resnet in self.resnets:
+            hidden_states = run(resnet, hidden_states, film)
+        return hidden_states
 
 
 class VisBioTextBlock(nn.Module):
@@ -183,7 +192,7 @@ class VisBioTextBlock(nn.Module):
         return hidden_states + self.ff(self.norm2(hidden_states))
 
 
-class VisBioMidBlock(nn.Module):
+class VisBioMidBlock(nn.Module, CacheMixin):
     """The transformer at the lowest resolution; positions are a fixed 2-D sinusoid, so any grid size works."""
 
     def __init__(self, dim, num_layers, heads, film_dim, cross_attention, mlp_ratio, dropout):
@@ -291,6 +300,25 @@ class VisBioUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, Cach
                 nn.init.zeros_(module.film.weight)
                 nn.init.zeros_(module.film.bias)
 
+    # Diffusers' caches look for `transformer_blocks` among the children of what they are enabled on
+
+    @property
+    def is_cache_enabled(self):
+        """Whether a cache is enabled."""
+        return self.mid_block.is_cache_enabled
+
+    def enable_cache(self, config):
+        """Enable one of Diffusers' caches on the transformer; names of layers in `config` are those in `mid_block`."""
+        self.mid_block.enable_cache(config)
+
+    def disable_cache(self):
+        """Disable the cache."""
+        self.mid_block.disable_cache()
+
+    def cache_context(self, name, **kwargs):
+        """Return a context manager that keeps the cached states of one kind of call apart from those of others."""
+        return self.mid_block.cache_context(name, **kwargs)
+
     def _run(self, block, *args):
         """Call a block, through activation checkpointing where that is on."""
         if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -375,10 +403,8 @@ class VisBioUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, Cach
         hidden_states = self.conv_in(sample)
         skips = []
         for block in self.down_blocks:
-            for resnet in block.resnets:
-                hidden_states = self._run(resnet, hidden_states, film)
-            skips.append(hidden_states)
-            hidden_states = block.downsampler(hidden_states)
+            hidden_states, skip = block(hidden_states, film, self._run)
+            skips.append(skip)
 
         # 4. transformer
         _, dim, height, width = hidden_states.shape
@@ -392,9 +418,7 @@ class VisBioUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, Cach
 
         # 5. up
         for block in self.up_blocks:
-            hidden_states = block.upsample(hidden_states, skips.pop())
-            for resnet in block.resnets:
-                hidden_states = self._run(resnet, hidden_states, film)
+            hidden_states = block(hidden_states, skips.pop(), film, self._run)
         sample = self.conv_out(F.silu(self.conv_norm_out(hidden_states)))
         return UNet2DConditionOutput(sample=sample) if return_dict else (sample,)
 

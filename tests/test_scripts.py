@@ -1,0 +1,138 @@
+"""Every training script, as users start it: two steps through `accelerate launch`, a kill, a resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+
+ROOT = Path(__file__).parent.parent
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def command(script, *flags):
+    return [*LAUNCH, str(ROOT / "train_scripts" / script), "--preset", "tiny", *map(str, flags)]
+
+
+def launch(script, *flags):
+    """Run a script to its end and return what it printed."""
+    done = subprocess.run(command(script, *flags), capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def blood_npz(tmp_path_factory):
+    """A small set in MedMNIST's format: 8 classes, 5 images each, so that 8 steps of 8 cross an epoch."""
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("data") / "bloodmnist_small.npz"
+    labels = np.arange(40, dtype=np.uint8)[:, None] % 8
+    images = rng.integers(0, 256, (40, 28, 28, 3), dtype=np.uint8)
+    np.savez(path, train_images=images, train_labels=labels)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text_encoder(tmp_path_factory):
+    """The result of train_text_encoder.py: two steps, then resumed to four."""
+    folder = tmp_path_factory.mktemp("text")
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text(json.dumps({"abstract": "Blood cells are counted and classified by automated analysers."}) + "\n")
+    flags = ("--corpus", corpus, "--output_dir", folder / "run", "--checkpointing_steps", 2, "--max_train_steps")
+    launch("train_text_encoder.py", *flags, 2)
+    launch("train_text_encoder.py", *flags, 4, "--resume_from_checkpoint", "latest")
+    return folder / "run" / "text_encoder"
+
+
+def test_text_encoder_script_resumes_and_writes_a_bert(text_encoder):
+    steps = [json.loads(line)["step"] for line in (text_encoder.parent / "loss.jsonl").open()]
+    assert steps == [1, 2, 3, 4]
+    from transformers import AutoTokenizer, BertModel
+
+    encoder, tokenizer = BertModel.from_pretrained(text_encoder), AutoTokenizer.from_pretrained(text_encoder)
+    assert encoder.config.vocab_size == len(tokenizer)
+    assert "[UNK]" not in tokenizer.tokenize("a segmented neutrophil, wright-giemsa stain")
+
+
+def test_text_to_image_killed_in_an_epoch_equals_the_uninterrupted_run(blood_npz, text_encoder, tmp_path):
+    def flags(name):
+        return (
+            *("--dataset_name", blood_npz, "--text_encoder", text_encoder, "--output_dir", tmp_path / name),
+            *("--gradient_accumulation_steps", 2, "--max_train_steps", 8, "--checkpointing_steps", 5),
+        )
+
+    launch("train_text_to_image.py", *flags("straight"))
+
+    killed = subprocess.Popen(
+        command("train_text_to_image.py", *flags("killed")),
+        env=ENVIRONMENT,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "killed" / "checkpoint-0000005").exists():
+        assert killed.poll() is None and time.monotonic() < deadline, "no checkpoint before the end"
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    for late in ("checkpoint-0000008", "pipeline"):  # the run may have got so far before the signal
+        assert not (tmp_path / "killed" / late).exists(), "the kill came too late to test anything"
+    launch("train_text_to_image.py", *flags("killed"), "--resume_from_checkpoint", "latest")
+
+    for file in ("checkpoint-0000008/model.safetensors", "pipeline/unet/diffusion_pytorch_model.safetensors"):
+        straight, resumed = load_file(tmp_path / "straight" / file), load_file(tmp_path / "killed" / file)
+        assert straight.keys() == resumed.keys()
+        assert all(np.array_equal(straight[name], resumed[name]) for name in straight)
+    logs = [(tmp_path / name / "loss.jsonl").read_bytes() for name in ("straight", "killed")]
+    assert logs[0] == logs[1] and logs[0].count(b"\n") == 8
+
+
+def test_pipeline_of_a_training_draws_in_a_new_process(blood_npz, text_encoder, tmp_path):
+    launch(
+        "train_text_to_image.py",
+        *("--dataset_name", blood_npz, "--text_encoder", text_encoder, "--output_dir", tmp_path / "run"),
+        *("--max_train_steps", 2, "--validation_steps", 1, "--num_validation_images", 1),
+        *("--validation_prompts", "a monocyte", "--report_to", "tensorboard"),
+    )
+    assert (tmp_path / "run" / "validation" / "step-0000002.png").stat().st_size > 0
+    assert list((tmp_path / "run" / "logs").rglob("events.out.tfevents*"))
+    code = (
+        "import sys, visbio_diffusers; from diffusers import DiffusionPipeline;"
+        "pipe = DiffusionPipeline.from_pretrained(sys.argv[1]);"
+        "print(pipe('a monocyte', num_inference_steps=2).images[0].size)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run" / "pipeline")], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert done.stdout.strip() == "(28, 28)", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dataset_name", "bloodmist"], "bloodmnist"),
+        (["--unet_config", "{"], "unet_config must be JSON"),
+        (["--caption_dropout", "1.5"], "caption_dropout"),
+        (["--learning_rat", "1"], "--learning_rat"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_line(flags, message, text_encoder, tmp_path):
+    script = ROOT / "train_scripts" / "train_text_to_image.py"
+    done = subprocess.run(
+        [sys.executable, script, "--preset", "tiny", "--text_encoder", text_encoder]
+        + ["--output_dir", tmp_path / "run", *flags],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode in (1, 2) and message in last and "Traceback" not in done.stderr

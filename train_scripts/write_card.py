@@ -1,0 +1,116 @@
+"""Write the model card of a trained pipeline, and the results in README.md, from files that commands have written.
+
+python train_scripts/write_card.py model_cards/visbio-blood-28
+Reads results.json (evaluate.py), training.json (the training script) and the file sizes; no number is typed by hand.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from visbio_diffusers.evaluation import render_card_results
+
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- results: train_scripts/write_card.py -->", "<!-- end of results -->"
+CARD = """---
+{yaml}
+---
+
+# {name}
+
+Draws stained blood cells, {size} x {size} pixels, from their descriptions. Synthetic images; **not for clinical use**.
+
+![Eight classes, four images each, from the pipeline's defaults](grid.png)
+
+```python
+from visbio_diffusers import VisBioPipeline
+
+pipe = VisBioPipeline.from_pretrained("model_cards/{name}")
+pipe("a segmented neutrophil, Wright-Giemsa stain").images[0].save("neutrophil.png")
+```
+
+## Intended use and limits
+
+For research: augmenting and balancing sets of blood cell images, teaching, testing of image analysis. It knows eight
+classes (basophil, eosinophil, erythroblast, immature granulocyte, lymphocyte, monocyte, neutrophil, platelet) and five
+subtypes as one instrument saw them in healthy donors; diseased cells, other stains and other microscopes are outside
+what it has seen, and a description of such cells gives an image of something else. Not for diagnosis, nor for
+training a device that diagnoses, without validation on real images. Every file that `visbio generate` writes carries
+its prompt, seed, model and the word "synthetic".
+
+## Data and licences
+
+Trained on the training split of rebuilt BloodMNIST at 28 px (11,959 images; class counts equal the official ones, the
+membership of the splits does not): PBC dataset, Acevedo et al. 2020, and MedMNIST v2, Yang et al. 2023, CC BY 4.0.
+Captions: `visbio_diffusers/caption_banks/bloodmnist.yaml`. The text encoder was trained on the project's captions, on
+2,852 PubMed abstracts (collected by PubMedQA, MIT, and the Hallmarks of Cancer corpus, GPL-3), and on 9,697 figure
+captions of ROCO (CC BY, CC0, CC BY-SA). Weights: Apache-2.0.
+
+## Training
+
+{training}
+
+UNet {unet_mb:.1f} MB, text encoder {text_mb:.1f} MB, both fp16.
+
+## Results
+
+{results}
+"""
+
+
+def training_text(folder: Path) -> str:
+    """Return the commands, the versions and the machine of the training."""
+    training = json.loads((folder / "training.json").read_text())
+    versions = ", ".join(f"{name} {number}" for name, number in training["versions"].items())
+    hardware = training["hardware"]["gpu"] or f"CPU, {training['hardware']['cpu']}"
+    commit = (training["git"] or {}).get("commit") or "none"
+    lines = [f"`{training['command']}`", f"Commit {commit[:12]}; {hardware}; {versions}."]
+    notes = folder / "training_notes.md"
+    return "\n\n".join(lines + ([notes.read_text().strip()] if notes.exists() else []))
+
+
+def card_data(name: str, results: dict) -> ModelCardData:
+    """Return the metadata that the Hub reads."""
+    judge, run = results["evaluators"][0]["name"], results["runs"][0]
+    fidelity = run["evaluators"][judge]["fidelity"]["overall"]["value"]
+    return ModelCardData(
+        language="en",
+        license="apache-2.0",
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["biology", "microscopy", "haematology", "synthetic"],
+        model_name=name,
+        eval_results=None,
+        **{"fidelity": {f"recognised by {judge}": round(fidelity, 4)}},
+    )
+
+
+def main(folder: Path) -> None:
+    """Write FOLDER/README.md, and the table between the markers of the project's README.md."""
+    results = json.loads((folder / "results.json").read_text())
+    table = render_card_results(results)
+    card = CARD.format(
+        yaml=card_data(folder.name, results).to_yaml(),
+        name=folder.name,
+        size=json.loads((folder / "unet" / "config.json").read_text())["sample_size"],
+        training=training_text(folder),
+        unet_mb=(folder / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size / 1e6,
+        text_mb=(folder / "text_encoder" / "model.safetensors").stat().st_size / 1e6,
+        results=table,
+    )
+    ModelCard(card).save(folder / "README.md")
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    readme.write_text(f"{before}{BEGIN}\n{table}{END}{after}")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    if len(sys.argv) != 2 or not Path(sys.argv[1], "results.json").is_file():
+        sys.exit("usage: python train_scripts/write_card.py FOLDER, which holds results.json and training.json")
+    main(Path(sys.argv[1]))
