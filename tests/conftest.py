@@ -23,13 +23,15 @@ def tiny_pipeline_dir(tmp_path_factory) -> Path:
     # Slow imports, for those tests that draw.
     import torch
     from diffusers import DDIMScheduler
-    from transformers import BertConfig, BertModel, BertTokenizer
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertConfig, BertModel, BertTokenizerFast
 
     from visbio_diffusers import VisBioPipeline, VisBioUNet
 
     pieces = [chr(code) for code in range(33, 127)]
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces, *(f"##{piece}" for piece in pieces)]
-    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(words)}, model_max_length=128)
+    pieces = BertWordPieceTokenizer({word: index for index, word in enumerate(words)})
+    tokenizer = BertTokenizerFast(tokenizer_object=pieces._tokenizer, model_max_length=160)
     torch.manual_seed(0)
     text_config = BertConfig(
         vocab_size=len(words),
@@ -37,7 +39,7 @@ def tiny_pipeline_dir(tmp_path_factory) -> Path:
         num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=64,
-        max_position_embeddings=128,
+        max_position_embeddings=160,
     )
     unet = VisBioUNet(
         sample_size=8,
@@ -57,3 +59,45 @@ def tiny_pipeline_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-pipeline")
     VisBioPipeline(unet, scheduler, BertModel(text_config), tokenizer).save_pretrained(folder)
     return folder
+
+
+def _fill(module, std: float = 0.15):
+    """Set all parameters to noise from a seed: none is zero, and no library's initialisation matters."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in sorted(module.named_parameters()):
+        noise = torch.randn(parameter.shape, generator=generator) * std
+        parameter.data = noise + 1 if "norm" in name and name.endswith("weight") else noise
+    return module.eval()
+
+
+@pytest.fixture
+def tiny_unet():
+    """Return a function that makes a tiny VisBioUNet, with the arguments given, none of whose parameters is zero."""
+    from visbio_diffusers import VisBioUNet
+
+    def make(**config) -> VisBioUNet:
+        small = {"block_out_channels": (16, 32, 48), "layers_per_block": 1, "num_transformer_layers": 2}
+        widths = {"attention_head_dim": 16, "cross_attention_dim": 24, "film_dim": 32}
+        return _fill(VisBioUNet(**{**small, **widths, **config}))
+
+    return make
+
+
+@pytest.fixture
+def tiny_pipeline(tiny_pipeline_dir):
+    """Return the tiny pipeline, none of whose parameters is zero, without its progress bar."""
+    from visbio_diffusers import VisBioPipeline
+
+    pipe = VisBioPipeline.from_pretrained(tiny_pipeline_dir)
+    _fill(pipe.unet)
+    _fill(pipe.text_encoder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def tiny_text(tiny_pipeline):
+    """Return a tiny BERT and its tokenizer, one token a letter, 128 at most."""
+    return tiny_pipeline.text_encoder, tiny_pipeline.tokenizer

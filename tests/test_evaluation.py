@@ -143,6 +143,8 @@ def test_within_class_distance_of_shrunk_and_collapsed_classes():
     assert same["low"] < 1 < same["high"]
     collapsed = metrics.within_class_distance(np.ones((200, 6)), labels, real, labels, ("a", "b"))
     assert collapsed["ratio"]["value"] == collapsed["ratio"]["high"] == 0
+    few = metrics.within_class_distance(other[:5], labels[:5], real[:5], labels[:5], ("a", "b"))  # 3 and 2 images
+    assert 0 < few["ratio"]["low"] < few["ratio"]["high"] < 10
 
 
 # Memorization

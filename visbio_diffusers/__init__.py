@@ -12,6 +12,7 @@ __version__ = "0.1.0.dev0"
 
 _LAZY = {
     "EmbeddingCache": "text",
+    "default_model": "load",
     "load_bank": "captions",
     "load_image_dataset": "data",
 }

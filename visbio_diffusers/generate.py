@@ -12,6 +12,7 @@ which gives the same picture up to single grey levels, since sums over another b
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import os
@@ -131,7 +132,7 @@ def generate_grid(studio: Studio, labelled: LabelledSet, output: Path) -> None:
     _save_grid(studio, items, images, output, columns=labelled.per_class)
 
 
-def generate_folder(studio: Studio, labelled: LabelledSet, output: Path) -> list[Item]:
+def generate_folder(studio: Studio, labelled: LabelledSet, output: Path) -> None:
     """Draw a labelled set into an image folder that `datasets` loads, going on where a killed run stopped.
 
     `output`/train/<class>/00000.png, ..., with captions, labels and seeds in `output`/train/metadata.jsonl, which is
@@ -139,15 +140,12 @@ def generate_folder(studio: Studio, labelled: LabelledSet, output: Path) -> list
     any moment. An interrupted and repeated run ends with the files of an uninterrupted one: whole images are kept,
     and a batch of which an image is missing or damaged is drawn again together, as it was the first time.
 
-    Returns:
-        The images, in the order of metadata.jsonl.
-
     Raises:
         ValueError: if the folder holds something else, or was begun with other parameters.
         OSError: if the files cannot be written.
     """
     items = plan(labelled)
-    _begin(output, _parameters(studio, labelled))
+    _begin(output, _parameters(studio, labelled, items))
     for part in output.glob("train/*/.*.part"):
         part.unlink()  # of a killed run
     missing = {item.path for item in items if not _is_whole(output / item.path)}
@@ -157,7 +155,6 @@ def generate_folder(studio: Studio, labelled: LabelledSet, output: Path) -> list
             save_png(image, output / item.path, _describe(studio, item))
     with _whole_file(output / "train" / "metadata.jsonl") as file:
         file.writelines(json.dumps(_row(item), ensure_ascii=False).encode() + b"\n" for item in items)
-    return items
 
 
 def generate_npz(studio: Studio, labelled: LabelledSet, output: Path) -> None:
@@ -172,13 +169,14 @@ def generate_npz(studio: Studio, labelled: LabelledSet, output: Path) -> None:
         OSError: if the files cannot be written.
     """
     sidecar, folder = output.with_suffix(".json"), output.with_name(f"{output.name}.part")
-    parameters = _parameters(studio, labelled)
+    items = plan(labelled)
+    parameters = _parameters(studio, labelled, items)
     if output.exists():
         if not sidecar.exists():
             raise ValueError(f"{output} exists without {sidecar.name}, which says how it was made: move it away")
         _compare(sidecar, parameters)
     else:
-        items = generate_folder(studio, labelled, folder)
+        generate_folder(studio, labelled, folder)
         images = np.stack([_read(folder / item.path) for item in items])
         labels = np.array([item.label for item in items], dtype=np.uint8).reshape(len(items), -1)
         with _whole_file(sidecar) as file:
@@ -229,7 +227,7 @@ def draw(studio: Studio, batches: Sequence[Sequence[Item]], total: int) -> Itera
     with tqdm(total=total, initial=total - pending, desc="images", bar_format=form) as bar:
 
         def advance(pipe, step, timestep, tensors):
-            bar.update(len(batch) / pipe.num_timesteps)
+            bar.update(min(len(batch) / pipe.num_timesteps, total - bar.n))  # never beyond, by rounding
             return {}
 
         watch = {"callback_on_step_end": advance, "callback_on_step_end_tensor_inputs": []}
@@ -290,12 +288,14 @@ def _row(item: Item) -> dict[str, Any]:
     return {**row, "prompt": item.prompt, "seed": item.seed, "synthetic": True}
 
 
-def _parameters(studio: Studio, labelled: LabelledSet) -> dict[str, Any]:
-    """Return what must be equal for a run to go on with the images of another."""
+def _parameters(studio: Studio, labelled: LabelledSet, items: Sequence[Item]) -> dict[str, Any]:
+    """Return what must be equal for a run to go on with the images of another; JSON, so lists in place of tuples."""
     bank = labelled.bank
     parameters = {"synthetic": True, "dataset": bank.name, **labelled._asdict(), "class_names": bank.class_names}
+    parameters |= {"call": studio.call, **studio.provenance}
+    parameters["rows_sha256"] = hashlib.sha256(repr(list(map(_row, items))).encode()).hexdigest()  # a bank may change
     del parameters["bank"]
-    return json.loads(json.dumps({**parameters, "call": studio.call, **studio.provenance}))  # as read from the file
+    return json.loads(json.dumps(parameters))
 
 
 def _begin(folder: Path, parameters: dict[str, Any]) -> None:
@@ -312,7 +312,7 @@ def _begin(folder: Path, parameters: dict[str, Any]) -> None:
 
 def _compare(record: Path, parameters: dict[str, Any]) -> None:
     found = json.loads(record.read_text(encoding="utf-8"))
-    found, wanted = ({**content, **content.pop("call")} for content in (found, dict(parameters)))
+    found, wanted = ({**content, **content["call"], "call": None} for content in (found, parameters))
     for key in (key for key in wanted if found.get(key) != wanted[key]):
         raise ValueError(
             f"{record} says {key}={found.get(key)!r}, not {wanted[key]!r}: repeat that command, or write elsewhere"

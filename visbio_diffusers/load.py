@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from visbio_diffusers import VisBioPipeline
+from visbio_diffusers import VisBioPipeline, VisBioUNet
 
 
 DEFAULT_MODEL = "visbio-blood-28"
@@ -60,7 +60,7 @@ def load_pipeline(
         _check_parts(folder)
         digest = _hash_weights(folder / "unet")
         with _no_bars():
-            pipe = VisBioPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))
+            pipe = _load(folder, getattr(torch, dtype))
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"cannot load the model {folder} ({_line(error)}): get a whole copy of it") from error
     return pipe.to(device), {"model": name, "model_sha256": digest}
@@ -83,11 +83,21 @@ def _find(model: str | None) -> tuple[Path, str]:
 
 
 def _check_parts(folder: Path) -> None:
-    """Refuse a folder without one of its parts: an absent tokenizer would load, as one without words."""
+    """Refuse a folder without one of its parts, some of which would load as empty ones."""
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     for name, value in index.items():
         if isinstance(value, list) and value[0] is not None and not (folder / name).is_dir():
             raise FileNotFoundError(f"it has no folder {name}")
+
+
+def _load(folder: Path, dtype: torch.dtype) -> VisBioPipeline:
+    """Load a pipeline whose parts are all of `dtype` (but for those that a UNet keeps in float32)."""
+    unet = VisBioUNet.from_pretrained(folder / "unet", torch_dtype=dtype)
+    pipe = VisBioPipeline.from_pretrained(folder, unet=unet)
+    if len(pipe.tokenizer) <= len(pipe.tokenizer.all_special_tokens):  # what a lost vocabulary loads as
+        raise ValueError("its tokenizer has no words")
+    pipe.text_encoder.to(dtype)
+    return pipe
 
 
 def _hash_weights(folder: Path) -> str:

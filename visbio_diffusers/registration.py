@@ -1,12 +1,15 @@
-"""The three hooks by which Diffusers finds our classes under the short name "visbio_diffusers", and nothing else.
+"""The hooks by which Diffusers finds our classes under the short name "visbio_diffusers", and nothing else.
 
 They are private API of Diffusers, which is why pyproject.toml bounds its version. With them `model_index.json` holds
 `["visbio_diffusers", "VisBioUNet"]`, and `DiffusionPipeline.from_pretrained` and `diffusers.AutoModel` load our
-folders and Hub repos without `trust_remote_code`.
+folders and Hub repos without `trust_remote_code`; and the caches that skip transformer blocks know ours.
 """
 
 import diffusers
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.pipelines import pipeline_loading_utils
+
+from visbio_diffusers.models.unet_visbio import VisBioTransformerBlock
 
 
 LIBRARY = "visbio_diffusers"
@@ -26,3 +29,5 @@ def register(package, classes):
     setattr(diffusers.pipelines, LIBRARY, package)
     for each in classes:
         setattr(diffusers, each.__name__, each)
+        setattr(diffusers.pipelines, each.__name__, each)
+    TransformerBlockRegistry.register(VisBioTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))

@@ -13,12 +13,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from visbio_diffusers.models.unet_visbio import VisBioUNet
+from visbio_diffusers.pipelines.schedulers import prepare_timesteps
 from visbio_diffusers.text import encode_text, max_tokens, text_mask
 
 
 logger = logging.getLogger(__name__)
-
-MAX_INIT_SIGMA = 1000.0  # above it a scheduler in sigmas spends its whole first step on rounding errors
 
 
 class VisBioPipeline(DiffusionPipeline):
@@ -225,41 +224,6 @@ class VisBioPipeline(DiffusionPipeline):
             raise ValueError(f"`latents` must have shape {shape}, but has {tuple(latents.shape)}")
         return latents.to(device, dtype) * self.scheduler.init_noise_sigma
 
-    def _prepare_timesteps(self, num_inference_steps, device, timesteps, sigmas):
-        """Set the scheduler's steps; custom ones only where it takes them.
-
-        Raises:
-            ValueError: if the scheduler does not take them, or cannot sample this model.
-        """
-        scheduler = self.scheduler
-        if timesteps is not None and sigmas is not None:
-            raise ValueError("give either `timesteps` or `sigmas`, not both")
-        custom = {"timesteps": timesteps, "sigmas": sigmas}
-        custom = {name: values for name, values in custom.items() if values is not None}
-        for name in custom:
-            if name not in inspect.signature(scheduler.set_timesteps).parameters:
-                raise ValueError(f"{type(scheduler).__name__} takes no custom `{name}`: use num_inference_steps")
-        if num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps` must be at least 1, but is {num_inference_steps}")
-        scheduler.set_timesteps(**(custom or {"num_inference_steps": num_inference_steps}), device=device)
-        self._check_scheduler()
-        return scheduler.timesteps
-
-    def _check_scheduler(self):
-        scheduler, name = self.scheduler, type(self.scheduler).__name__
-        prediction_type = scheduler.config.get("prediction_type")
-        if prediction_type not in ("epsilon", "sample", "v_prediction"):
-            raise ValueError(
-                f"{name} is for another kind of model (its prediction_type is {prediction_type!r}): use DDIMScheduler,"
-                " DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler or EulerDiscreteScheduler"
-            )
-        if float(scheduler.init_noise_sigma) > MAX_INIT_SIGMA:
-            raise ValueError(
-                f"{name} would start at noise level {float(scheduler.init_noise_sigma):.0f}, where it loses the image:"
-                f' create it with {name}.from_config(pipe.scheduler.config, timestep_spacing="leading",'
-                " rescale_betas_zero_snr=False), or use DDIMScheduler"
-            )
-
     @torch.no_grad()
     def __call__(
         self,
@@ -358,13 +322,13 @@ class VisBioPipeline(DiffusionPipeline):
         )
 
         # 3. Prepare timesteps
-        timesteps = self._prepare_timesteps(num_inference_steps, device, timesteps, sigmas)
+        timesteps = prepare_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
         self._num_timesteps = len(timesteps)
         low, high = (bound * self.scheduler.config.num_train_timesteps for bound in guidance_interval)
 
-        # 4. Prepare latents: noise in pixel space
+        # 4. Prepare latents: noise in pixel space, always float32, for multistep schedulers add up rounding errors
         latents = self.prepare_latents(
-            prompt_embeds.shape[0], height, width, prompt_embeds.dtype, device, generator, latents
+            prompt_embeds.shape[0], height, width, torch.float32, device, generator, latents
         )
         step_parameters = inspect.signature(self.scheduler.step).parameters
         step_kwargs = {
@@ -381,18 +345,17 @@ class VisBioPipeline(DiffusionPipeline):
                 embeds = torch.cat([negative_prompt_embeds, prompt_embeds]) if guided else prompt_embeds
                 sample = torch.cat([latents] * 2) if guided else latents
                 noise_pred = self.unet(
-                    self.scheduler.scale_model_input(sample, t),
+                    self.scheduler.scale_model_input(sample, t).to(prompt_embeds.dtype),
                     t,
                     encoder_hidden_states=embeds,
                     encoder_attention_mask=text_mask(embeds),
                     cross_attention_kwargs=self.cross_attention_kwargs,
                     text_cache=text_caches.setdefault(guided, {}),
                     return_dict=False,
-                )[0]
+                )[0].float()
                 if guided:
                     noise_pred = self._guide(noise_pred)
                 latents = self.scheduler.step(noise_pred, t, latents, **step_kwargs, return_dict=False)[0]
-                latents = latents.to(prompt_embeds.dtype)
 
                 if callback_on_step_end is not None:
                     tensors = {name: locals()[name] for name in callback_on_step_end_tensor_inputs}
@@ -407,7 +370,7 @@ class VisBioPipeline(DiffusionPipeline):
         # 6. Images
         image = latents
         if output_type != "latent":
-            image = self.image_processor.postprocess(latents.float(), output_type=output_type)
+            image = self.image_processor.postprocess(latents, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=image) if return_dict else (image,)
 

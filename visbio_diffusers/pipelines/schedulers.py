@@ -1,0 +1,92 @@
+"""Which of Diffusers' schedulers can sample a VisBioUNet, and their timesteps."""
+
+import inspect
+
+import torch
+
+
+# These recover the spread of Gaussian data from its best denoiser (tests/test_pipeline_visbio.py).
+SCHEDULERS = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+)
+# Their steps pile up at the terminal timestep, where the noise level of a cosine schedule runs away.
+UNFIT_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas")
+MAX_INIT_SIGMA = 5000.0  # Euler at zero terminal SNR starts at 4096; second-order steps from 20,000 go astray
+
+
+def prepare_timesteps(
+    scheduler,
+    num_inference_steps: int,
+    device: torch.device | None = None,
+    timesteps: list[int] | None = None,
+    sigmas: list[float] | None = None,
+) -> torch.Tensor:
+    """Set the steps of a scheduler that can sample this kind of model.
+
+    Args:
+        scheduler ([`SchedulerMixin`]): one of `SCHEDULERS`.
+        num_inference_steps (`int`): evenly spread as the scheduler is set to.
+        device (`torch.device`, *optional*): of the result.
+        timesteps (`list[int]`, *optional*), sigmas (`list[float]`, *optional*): instead, one or the other, in
+            descending order, where the scheduler takes them.
+
+    Returns:
+        `scheduler.timesteps`, descending.
+
+    Raises:
+        ValueError: if the scheduler does not take custom steps, or cannot sample this kind of model as it is set.
+    """
+    check_scheduler(scheduler)
+    name = type(scheduler).__name__
+    if timesteps is not None and sigmas is not None:
+        raise ValueError("give either `timesteps` or `sigmas`, not both")
+    if num_inference_steps < 1:
+        raise ValueError(f"`num_inference_steps` must be at least 1, but is {num_inference_steps}")
+    custom = {"timesteps": timesteps, "sigmas": sigmas}
+    custom = {argument: values for argument, values in custom.items() if values is not None}
+    for argument in custom:
+        if argument not in inspect.signature(scheduler.set_timesteps).parameters:
+            raise ValueError(f"{name} takes no custom `{argument}`: use num_inference_steps")
+    scheduler.set_timesteps(**(custom or {"num_inference_steps": num_inference_steps}), device=device)
+    if float(scheduler.init_noise_sigma) > MAX_INIT_SIGMA:
+        raise ValueError(
+            f"{name} would start at noise level {float(scheduler.init_noise_sigma):.0f}, where it loses the image: create"
+            f' it with {name}.from_config(pipe.scheduler.config, timestep_spacing="leading")'
+        )
+    return scheduler.timesteps
+
+
+def check_scheduler(scheduler) -> None:
+    """Raise a ValueError with the way out unless the scheduler, as it is set, can sample this kind of model."""
+    config, name = scheduler.config, type(scheduler).__name__
+    prediction_type = config.get("prediction_type")
+    known = any(base.__name__ in SCHEDULERS for base in type(scheduler).__mro__)
+    if not known or prediction_type not in ("epsilon", "sample", "v_prediction"):
+        raise ValueError(
+            f"{name} with prediction_type {prediction_type!r} is for another kind of model: use"
+            f" {', '.join(SCHEDULERS[:4])} or {SCHEDULERS[4]}"
+        )
+    taken = inspect.signature(type(scheduler).__init__).parameters
+    for spacing in UNFIT_SPACINGS:
+        if spacing in taken and config[spacing]:
+            raise ValueError(
+                f"{name} with {spacing} spends its steps where there is nothing but noise: create it with"
+                f" {name}.from_config(pipe.scheduler.config, {spacing}=False)"
+            )
+    if prediction_type == "epsilon" and config.get("rescale_betas_zero_snr"):
+        raise ValueError(
+            "a model that predicts noise (prediction_type 'epsilon') sees no image at zero terminal SNR: create the"
+            f" scheduler with {name}.from_config(pipe.scheduler.config, rescale_betas_zero_snr=False)"
+        )
