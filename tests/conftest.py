@@ -30,8 +30,8 @@ def tiny_pipeline_dir(tmp_path_factory) -> Path:
 
     pieces = [chr(code) for code in range(33, 127)]
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces, *(f"##{piece}" for piece in pieces)]
-    pieces = BertWordPieceTokenizer({word: index for index, word in enumerate(words)})
-    tokenizer = BertTokenizerFast(tokenizer_object=pieces._tokenizer, model_max_length=160)
+    wordpiece = BertWordPieceTokenizer({word: index for index, word in enumerate(words)})
+    tokenizer = BertTokenizerFast(tokenizer_object=wordpiece._tokenizer, model_max_length=160)
     torch.manual_seed(0)
     text_config = BertConfig(
         vocab_size=len(words),
@@ -99,5 +99,5 @@ def tiny_pipeline(tiny_pipeline_dir):
 
 @pytest.fixture
 def tiny_text(tiny_pipeline):
-    """Return a tiny BERT and its tokenizer, one token a letter, 128 at most."""
+    """Return a tiny BERT and its tokenizer, one token a letter."""
     return tiny_pipeline.text_encoder, tiny_pipeline.tokenizer

@@ -303,33 +303,6 @@ def test_mistakes_are_answered_in_one_line_and_leave_nothing(case, visbio, tmp_p
     assert files(tmp_path) == {"file": b"mine"}
 
 
-@pytest.mark.parametrize(
-    "part",
-    [
-        "unet/diffusion_pytorch_model.safetensors",
-        "text_encoder/model.safetensors",
-        "tokenizer/tokenizer.json",
-        "unet/config.json",
-        "model_index.json",
-        "tokenizer",
-    ],
-)
-@pytest.mark.parametrize("damage", ["cut short", "absent"])
-def test_model_cut_short_is_refused(part, damage, visbio, tiny_pipeline_dir, tmp_path, capsys):
-    shutil.copytree(tiny_pipeline_dir, "model")
-    path = Path("model", part)
-    if path.is_dir():
-        shutil.rmtree(path)
-    elif damage == "absent":
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[:-100])
-    assert visbio("a cell", "--model", "model") == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[-1].startswith("visbio: error: cannot load the model model (")
-    assert not Path("out").exists()
-
-
 def test_full_disk_is_named_and_leaves_no_half_file(visbio, monkeypatch, tmp_path, capsys):
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -378,18 +351,6 @@ def test_command_draws_within_its_memory_and_without_datasets(tiny_pipeline_dir,
     assert kilobytes < 1.5e6
     assert has_datasets == "False"
     assert len(list((tmp_path / "out").iterdir())) == 8
-
-
-def test_shipped_model_is_found_in_a_wheel_and_beside_the_package(tmp_path, monkeypatch):
-    package = tmp_path / "visbio_diffusers"
-    monkeypatch.setattr(load, "__file__", str(package / "load.py"))
-    with pytest.raises(FileNotFoundError, match="lacks the model visbio-blood-28: give --model"):
-        load.default_model()
-    for place in (tmp_path, package):  # the second is looked into first
-        folder = place / "model_cards" / "visbio-blood-28"
-        folder.mkdir(parents=True)
-        (folder / "model_index.json").write_text("{}")
-        assert load.default_model() == folder
 
 
 def test_data_list(capsys):

@@ -1,5 +1,6 @@
 """The evaluation: closed forms, references, planted copies and collapses, and the script as a user runs it."""
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -9,10 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
-from transformers import BertConfig, BertModel, BertTokenizer
 
-from visbio_diffusers import VisBioPipeline, VisBioUNet, load_bank, load_image_dataset
+from visbio_diffusers import VisBioPipeline, load_bank, load_image_dataset
 from visbio_diffusers.evaluation import features as classifiers
 from visbio_diffusers.evaluation import memorization, metrics, protocol, report
 from visbio_diffusers.evaluation.images import (
@@ -30,15 +29,14 @@ NAMES = load_bank("bloodmnist").class_names
 
 
 def toy_images(num_images: int, seed: int) -> Split:
-    """Return 12 x 12 pixel images whose class is the size (4) and the colour (2) of a disc at a random place."""
+    """Return 8 x 8 pixel images of a disc at a random place on grey; its colour is the class."""
     rng = np.random.default_rng(seed)
     labels = balanced_labels(num_images, len(NAMES))
-    rows, columns = np.mgrid[:12, :12]
-    centres = rng.uniform(4, 8, size=(num_images, 2, 1, 1))
-    radius = (1.5 + labels % 4)[:, None, None]
-    disc = (rows - centres[:, 0]) ** 2 + (columns - centres[:, 1]) ** 2 < radius**2
-    colours = np.array([[150, 40, 90], [60, 50, 170]])[labels // 4][:, None, None]
-    images = np.where(disc[..., None], colours, 220) + rng.normal(0, 12, (num_images, 12, 12, 3))
+    rows, columns = np.mgrid[:8, :8]
+    centres = rng.uniform(2, 6, size=(num_images, 2, 1, 1))
+    disc = (rows - centres[:, 0]) ** 2 + (columns - centres[:, 1]) ** 2 < 8
+    corners = np.array([[red, green, blue] for red in (40, 220) for green in (40, 220) for blue in (40, 220)])
+    images = np.where(disc[..., None], corners[labels][:, None, None], 128) + rng.normal(0, 25, (num_images, 8, 8, 3))
     return Split(images.clip(0, 255).astype(np.uint8), labels)
 
 
@@ -308,87 +306,82 @@ def test_git_state_of_a_checkout_and_of_an_installed_package(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory, reference, evaluator_folder):
-    """Return a folder with a real set, an untrained pipeline and the evaluators of that set."""
+def workspace(tmp_path_factory, reference, evaluator_folder, tiny_pipeline_dir):
+    """Return a folder with the toy set, its evaluators and an untrained pipeline."""
     folder = tmp_path_factory.mktemp("workspace")
     splits = {"train": reference.train, "test": reference.test}
     arrays = {f"{name}_images": split.images for name, split in splits.items()}
     np.savez(folder / "bloodmnist_toy.npz", **arrays, **{f"{k}_labels": v.labels[:, None] for k, v in splits.items()})
     (folder / "evaluators").symlink_to(evaluator_folder)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"a an cell microscopy image of".split()]
-    tokenizer = BertTokenizer(vocab={word: index for index, word in enumerate(words)}, model_max_length=64)
-    torch.manual_seed(0)
-    encoder = BertModel(
-        BertConfig(
-            vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-        )
-    )
-    unet = VisBioUNet(
-        sample_size=12,
-        block_out_channels=(16, 32),
-        num_transformer_layers=1,
-        attention_head_dim=16,
-        cross_attention_dim=16,
-        film_dim=16,
-        norm_num_groups=8,
-    )
-    VisBioPipeline(unet, DDIMScheduler(prediction_type="v_prediction"), encoder.eval(), tokenizer).save_pretrained(
-        folder / "pipeline"
-    )
+    (folder / "pipeline").symlink_to(tiny_pipeline_dir)
     return folder
 
 
 def test_an_image_depends_on_its_seed_and_not_on_the_batch(workspace):
     pipe = VisBioPipeline.from_pretrained(workspace / "pipeline")
     drawn = [generate_images(pipe, ["a cell"] * 5, 7, size, num_inference_steps=2) for size in (5, 2)]
-    assert drawn[0].dtype == np.uint8 and drawn[0].shape == (5, 12, 12, 3)
+    assert drawn[0].dtype == np.uint8 and drawn[0].shape == (5, 8, 8, 3)
     assert np.abs(drawn[0].astype(int) - drawn[1]).max() <= 1
     assert (drawn[0][0] != drawn[0][1]).any()
 
 
-def run_script(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    script = Path(__file__).parents[1] / "train_scripts" / "evaluate.py"
-    command = [sys.executable, str(script), "--dataset_name", "bloodmnist_toy.npz", "--evaluators", "evaluators"]
-    return subprocess.run([*command, *arguments], cwd=folder, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def script():
+    """Return train_scripts/evaluate.py as a module."""
+    path = Path(__file__).parents[1] / "train_scripts" / "evaluate.py"
+    spec = importlib.util.spec_from_file_location("evaluate", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["evaluate"] = module
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_script_measures_a_model_at_two_guidance_scales_and_its_images_again(workspace):
+def run_script(script, *arguments: str) -> str | int:
+    """Run the script on the toy set; return what the process would exit with: 0, a number or a message."""
+    common = ["--dataset_name", "bloodmnist_toy.npz", "--evaluators", "evaluators", "--device", "cpu"]
+    with pytest.raises(SystemExit) as exited:
+        script.run(script.main, script.parse(script.EvaluateConfig, {}, [*common, *arguments]))
+    return exited.value.code
+
+
+def test_script_measures_a_model_at_two_guidance_scales_and_its_images_again(script, workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
     sweep = ["--guidance_scale", "1", "2", "--guidance_interval", "0.2", "0.8", "--num_inference_steps", "2"]
     model = ["--model", "pipeline", "--num_images", "32", "--fast", "--keep"]
-    done = run_script(workspace, *model, *sweep, "--output", "out/sweep.json")
-    assert done.returncode == 0, done.stderr
-    results = json.loads((workspace / "out" / "sweep.json").read_text())
+    assert run_script(script, *model, *sweep, "--output", "out/sweep.json") == 0
+    results = json.loads(Path("out/sweep.json").read_text())
     assert [run["guidance_scale"] for run in results["runs"]] == [1, 2]
     assert [run["num_inference_steps"] for run in results["runs"]] == [2, 2]
     assert all(len(run["heldout_wording"]["cnn3"]["per_prompt"]) == 32 for run in results["runs"])
     assert {"versions", "git", "hardware", "command", "seed", "wall_clock_seconds"} <= set(results)
-    table = (workspace / "out" / "sweep.md").read_text()
+    table = Path("out/sweep.md").read_text()
     for run in results["runs"]:
         for judge in protocol.EVALUATORS:
             assert f"{run['evaluators'][judge]['frechet']['value']['value']:.3f}" in table
     assert "Generated, guidance 2" in table and "(CAS)" not in table
 
     kept = "out/sweep-guidance-2.npz"
-    done = run_script(workspace, "--images", kept, "--cas_steps", "5", "--output", "out/images.json")
-    assert done.returncode == 0, done.stderr
-    again = json.loads((workspace / "out" / "images.json").read_text())
+    assert run_script(script, "--images", kept, "--cas_steps", "5", "--output", "out/images.json") == 0
+    again = json.loads(Path("out/images.json").read_text())
     assert again["runs"][0]["evaluators"] == results["runs"][1]["evaluators"]
-    assert "(CAS)" in (workspace / "out" / "images.md").read_text()
+    assert "(CAS)" in Path("out/images.md").read_text()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "give either --model or --images"),
-        (("--images", "nothing.npz"), "nothing.npz"),
-        (("--images", "bloodmnist_toy.npz"), "must hold images and labels"),
-        (("--images", "x.npz", "--guidance_scale", "2"), "need --model"),
+        ([], "give either --model or --images"),
+        (["--images", "nothing.npz"], "nothing.npz"),
+        (["--images", "bloodmnist_toy.npz"], "must hold images and labels"),
+        (["--images", "x.npz", "--guidance_scale", "2"], "need --model"),
     ],
 )
-def test_script_refuses_in_one_line(workspace, arguments, message):
-    done = run_script(workspace, *arguments, "--output", "refused.json")
-    assert done.returncode != 0 and message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
-    assert not (workspace / "refused.json").exists()
+def test_script_refuses_in_one_line(script, workspace, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(workspace)
+    code = run_script(script, *arguments, "--output", "refused.json")
+    complaint = code if isinstance(code, str) else capsys.readouterr().err
+    assert code != 0 and message in complaint and len(complaint.splitlines()) == 1
+    assert not Path("refused.json").exists()
 
 
 # Real images

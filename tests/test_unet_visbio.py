@@ -57,7 +57,9 @@ def test_a_row_of_padding_alone_gives_numbers(tiny_unet):
     prediction.square().mean().backward()
     assert prediction.isfinite().all()
     assert all(parameter.grad.isfinite().all() for parameter in unet.parameters())
-    torch.testing.assert_close(prediction[:1], _run(unet, sample[:1], timestep[:1], text[:1, :3]), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        prediction[:1], _run(unet, sample[:1], timestep[:1], text[:1, :3]), atol=2e-5, rtol=1e-5
+    )
 
 
 def test_text_cache_is_exact_and_saves_the_work(tiny_unet):
@@ -202,7 +204,6 @@ def test_learns_two_kinds_of_blob_from_their_names():
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    print(losses[::10])
     last = sum(losses[-20:]) / 20
     assert last < 0.2 * sum(losses[:5]) / 5
     with torch.no_grad():

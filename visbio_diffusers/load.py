@@ -61,7 +61,7 @@ def load_pipeline(
         digest = _hash_weights(folder / "unet")
         with _no_bars():
             pipe = _load(folder, getattr(torch, dtype))
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, TypeError, ValueError, SafetensorError) as error:  # TypeError: of a tokenizer without its file
         raise ValueError(f"cannot load the model {folder} ({_line(error)}): get a whole copy of it") from error
     return pipe.to(device), {"model": name, "model_sha256": digest}
 

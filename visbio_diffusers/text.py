@@ -1,4 +1,4 @@
-"""Captions as tensors: encoding with any BERT, and a cache on disk, since captions repeat and the encoder is frozen."""
+"""Captions as tensors: encoding with any BERT, and a cache on disk, since captions repeat and it stays frozen."""
 
 import hashlib
 import json
@@ -51,7 +51,7 @@ def text_mask(prompt_embeds: torch.Tensor) -> torch.Tensor:
 class EmbeddingCache:
     """Hidden states of a fixed set of captions, each encoded once and kept in one file.
 
-    The file's name is a hash of encoder weights, vocabulary and captions, so that it can never be stale; it is read
+    The file's name is a hash of encoder weights, captions and their tokens, so that it can never be stale; it is read
     memory-mapped, and holds fp16.
 
     Args:
@@ -83,8 +83,13 @@ class EmbeddingCache:
         starts = torch.tensor([0, *(len(state) for state in states)]).cumsum(0)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".tmp-{os.getpid()}-{self.path.name}")
-        save_file({"tokens": torch.cat(states), "starts": starts}, temporary)
-        os.replace(temporary, self.path)
+        try:
+            save_file({"tokens": torch.cat(states), "starts": starts}, temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def __call__(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return float32 hidden states (batch, tokens, width), padded with zeros, and their bool mask.
@@ -99,7 +104,8 @@ class EmbeddingCache:
 
 
 def _fingerprint(captions, text_encoder, tokenizer) -> str:
-    digest = hashlib.sha256(json.dumps([list(captions), sorted(tokenizer.get_vocab().items())]).encode())
+    tokens = tokenizer(list(captions), truncation=True, max_length=max_tokens(tokenizer, text_encoder))["input_ids"]
+    digest = hashlib.sha256(json.dumps([list(captions), tokens]).encode())
     for name, tensor in sorted(text_encoder.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -20,7 +21,25 @@ from visbio_diffusers.text import encode_text, max_tokens, text_mask
 logger = logging.getLogger(__name__)
 
 
-class VisBioPipeline(DiffusionPipeline):
+class VisBioLoraLoaderMixin(StableDiffusionLoraLoaderMixin):
+    """Load, save, fuse and weigh LoRA adapters of the UNet; the text encoder takes none."""
+
+    _lora_loadable_modules = ["unet"]
+
+    @classmethod
+    def load_lora_into_text_encoder(cls, *args, **kwargs):
+        """Do nothing: a BERT is not what Diffusers expects here."""
+
+    def fuse_lora(self, components=("unet",), *args, **kwargs):
+        """Merge adapters into the weights; arguments as in Diffusers."""
+        super().fuse_lora(components, *args, **kwargs)
+
+    def unfuse_lora(self, components=("unet",), **kwargs):
+        """Take merged adapters out of the weights; arguments as in Diffusers."""
+        super().unfuse_lora(components, **kwargs)
+
+
+class VisBioPipeline(DiffusionPipeline, VisBioLoraLoaderMixin):
     """Draw biological images from descriptions.
 
     Args:
@@ -39,6 +58,7 @@ class VisBioPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->unet"
+    _optional_components = ["text_encoder", "tokenizer"]  # who has `prompt_embeds` needs neither
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
 
     def __init__(
@@ -56,6 +76,7 @@ class VisBioPipeline(DiffusionPipeline):
         self._cross_attention_kwargs = None
         self._interrupt = False
         self._num_timesteps = 0
+        self._current_timestep = None
 
     @property
     def guidance_scale(self):
@@ -81,6 +102,11 @@ class VisBioPipeline(DiffusionPipeline):
     def num_timesteps(self):
         """Number of denoising steps of the last call."""
         return self._num_timesteps
+
+    @property
+    def current_timestep(self):
+        """Timestep of the step being computed, None between calls; Diffusers' caches ask for it."""
+        return self._current_timestep
 
     @property
     def interrupt(self):
@@ -115,14 +141,12 @@ class VisBioPipeline(DiffusionPipeline):
         device = device or self._execution_device
         if prompt_embeds is None:
             prompt = [prompt] if isinstance(prompt, str) else prompt
-            self._warn_of_truncation(prompt)
-            prompt_embeds = encode_text(self.text_encoder, self.tokenizer, prompt, device)
+            prompt_embeds = self._encode(prompt, device)
         batch_size = prompt_embeds.shape[0]
         if do_classifier_free_guidance and negative_prompt_embeds is None:
             negative_prompt = negative_prompt or ""
             negative = [negative_prompt] * batch_size if isinstance(negative_prompt, str) else negative_prompt
-            self._warn_of_truncation(negative)
-            negative_prompt_embeds = encode_text(self.text_encoder, self.tokenizer, negative, device)
+            negative_prompt_embeds = self._encode(negative, device)
 
         dtype = self.unet.dtype if self.unet is not None else prompt_embeds.dtype
         prompt_embeds = prompt_embeds.to(device, dtype).repeat_interleave(num_images_per_prompt, dim=0)
@@ -134,8 +158,10 @@ class VisBioPipeline(DiffusionPipeline):
             negative_prompt_embeds = F.pad(negative_prompt_embeds, (0, 0, 0, tokens - negative_prompt_embeds.shape[1]))
         return prompt_embeds, negative_prompt_embeds
 
-    def _warn_of_truncation(self, prompts):
-        """Say which part of a prompt the text encoder will not see."""
+    def _encode(self, prompts, device):
+        """Return the hidden states of a list of texts; say which part of one the text encoder will not see."""
+        if self.text_encoder is None:
+            raise ValueError("no text encoder is loaded: give `prompt_embeds` (and `negative_prompt_embeds` to guide)")
         limit = max_tokens(self.tokenizer, self.text_encoder)
         for text in dict.fromkeys(prompts):
             if len(text) < limit:  # a token has at least one character
@@ -145,8 +171,9 @@ class VisBioPipeline(DiffusionPipeline):
             if len(ids) > kept:
                 logger.warning(
                     f"the text encoder takes {limit} tokens; this end of the prompt is cut off: "
-                    f"{self.tokenizer.decode(ids[kept:])!r}"
+                    f"{self.tokenizer.decode(ids[kept:]).removeprefix('##')!r}"
                 )
+        return encode_text(self.text_encoder, self.tokenizer, prompts, device)
 
     def check_inputs(
         self,
@@ -176,7 +203,7 @@ class VisBioPipeline(DiffusionPipeline):
                 f"`negative_prompt` has {len(negative_prompt)} entries for {batch_size} prompts: give one text for"
                 " all, or one for each"
             )
-        self._check_embeds(prompt_embeds, negative_prompt_embeds)
+        self._check_embeds(prompt_embeds, negative_prompt_embeds, batch_size)
         self._check_form(height, width, num_images_per_prompt, guidance_interval)
         unknown = set(callback_on_step_end_tensor_inputs or ()) - set(self._callback_tensor_inputs)
         if unknown:
@@ -193,7 +220,7 @@ class VisBioPipeline(DiffusionPipeline):
         if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
             raise ValueError(f"`guidance_interval` must be (low, high) within [0, 1], but is {guidance_interval}")
 
-    def _check_embeds(self, prompt_embeds, negative_prompt_embeds):
+    def _check_embeds(self, prompt_embeds, negative_prompt_embeds, batch_size):
         for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
             if embeds is None:
                 continue
@@ -202,12 +229,11 @@ class VisBioPipeline(DiffusionPipeline):
                     f"`{name}` must have shape (batch, tokens, {self.unet.config.cross_attention_dim}), as"
                     f" `encode_prompt` gives it, but has {tuple(embeds.shape)}"
                 )
-        if prompt_embeds is not None and negative_prompt_embeds is not None:
-            if len(prompt_embeds) != len(negative_prompt_embeds):
-                raise ValueError(
-                    f"`prompt_embeds` has {len(prompt_embeds)} rows and `negative_prompt_embeds`"
-                    f" {len(negative_prompt_embeds)}: they must agree"
-                )
+        if negative_prompt_embeds is not None and len(negative_prompt_embeds) != batch_size:
+            raise ValueError(
+                f"`negative_prompt_embeds` has {len(negative_prompt_embeds)} rows for {batch_size} prompts: give one"
+                " for each"
+            )
 
     def prepare_latents(self, batch_size, height, width, dtype, device, generator, latents=None):
         """Return the noise to start from: given, or drawn (batch, channels, height, width) at the scheduler's scale.
@@ -341,38 +367,43 @@ class VisBioPipeline(DiffusionPipeline):
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
+                self._current_timestep = t
                 guided = self.do_classifier_free_guidance and low <= float(t) <= high
                 embeds = torch.cat([negative_prompt_embeds, prompt_embeds]) if guided else prompt_embeds
-                sample = torch.cat([latents] * 2) if guided else latents
-                noise_pred = self.unet(
-                    self.scheduler.scale_model_input(sample, t).to(prompt_embeds.dtype),
-                    t,
-                    encoder_hidden_states=embeds,
-                    encoder_attention_mask=text_mask(embeds),
-                    cross_attention_kwargs=self.cross_attention_kwargs,
-                    text_cache=text_caches.setdefault(guided, {}),
-                    return_dict=False,
-                )[0].float()
-                if guided:
-                    noise_pred = self._guide(noise_pred)
+                noise_pred = self._predict(latents, t, embeds, guided, text_caches.setdefault(guided, {}))
                 latents = self.scheduler.step(noise_pred, t, latents, **step_kwargs, return_dict=False)[0]
 
                 if callback_on_step_end is not None:
-                    tensors = {name: locals()[name] for name in callback_on_step_end_tensor_inputs}
-                    changed = callback_on_step_end(self, i, t, tensors)
+                    tensors = dict(zip(self._callback_tensor_inputs, (latents, prompt_embeds, negative_prompt_embeds)))
+                    wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    changed = callback_on_step_end(self, i, t, wanted)
                     latents = changed.pop("latents", latents)
                     if {"prompt_embeds", "negative_prompt_embeds"} & set(changed):
                         prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
                         negative_prompt_embeds = changed.pop("negative_prompt_embeds", negative_prompt_embeds)
                         text_caches = {}
                 progress_bar.update()
+        self._current_timestep = None
 
         # 6. Images
-        image = latents
-        if output_type != "latent":
-            image = self.image_processor.postprocess(latents, output_type=output_type)
+        image = self.image_processor.postprocess(latents, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=image) if return_dict else (image,)
+
+    def _predict(self, latents, t, embeds, guided, text_cache):
+        """Return the prediction (batch, ...) in float32, guided where `embeds` holds negative and positive ones."""
+        sample = torch.cat([latents] * 2) if guided else latents
+        with self.unet.cache_context("guided" if guided else "unguided"):
+            noise_pred = self.unet(
+                self.scheduler.scale_model_input(sample, t).to(embeds.dtype),
+                t,
+                encoder_hidden_states=embeds,
+                encoder_attention_mask=text_mask(embeds),
+                cross_attention_kwargs=self.cross_attention_kwargs,
+                text_cache=text_cache,
+                return_dict=False,
+            )[0].float()
+        return self._guide(noise_pred) if guided else noise_pred
 
     def _guide(self, noise_pred):
         """Combine the predictions without and with text, (2 batch, ...), to the guided one, (batch, ...)."""

@@ -60,10 +60,11 @@ def prepare_timesteps(
         if argument not in inspect.signature(scheduler.set_timesteps).parameters:
             raise ValueError(f"{name} takes no custom `{argument}`: use num_inference_steps")
     scheduler.set_timesteps(**(custom or {"num_inference_steps": num_inference_steps}), device=device)
-    if float(scheduler.init_noise_sigma) > MAX_INIT_SIGMA:
+    sigma = float(scheduler.init_noise_sigma)
+    if sigma > MAX_INIT_SIGMA:
         raise ValueError(
-            f"{name} would start at noise level {float(scheduler.init_noise_sigma):.0f}, where it loses the image: create"
-            f' it with {name}.from_config(pipe.scheduler.config, timestep_spacing="leading")'
+            f"{name} would start at noise level {sigma:.0f}, where it goes astray: create it with"
+            f' {name}.from_config(pipe.scheduler.config, timestep_spacing="leading")'
         )
     return scheduler.timesteps
 

@@ -1,0 +1,63 @@
+"""Finding the shipped model, and loading pipelines whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from visbio_diffusers import VisBioPipeline, load
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "unet/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "tokenizer/tokenizer.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "model_index.json",
+        "tokenizer",
+    ],
+)
+@pytest.mark.parametrize("damage", ["cut short", "absent"])
+def test_model_cut_short_is_refused(part, damage, tiny_pipeline_dir, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_pipeline_dir, folder)
+    path = folder / part
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif damage == "absent":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cannot load the model") as error:
+        load.load_pipeline(str(folder), "cpu")
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_half_precision_weights_are_loaded_as_asked_for(tiny_pipeline_dir, tmp_path):
+    """What ships has fp16 weights; left to themselves, Diffusers and Transformers load its parts differently."""
+    pipe = VisBioPipeline.from_pretrained(tiny_pipeline_dir)
+    pipe.unet.half()
+    pipe.text_encoder.half()
+    pipe.save_pretrained(tmp_path)
+    for name in ("float32", "bfloat16"):
+        pipe, _ = load.load_pipeline(str(tmp_path), "cpu", name)
+        assert pipe.unet.dtype == pipe.text_encoder.dtype == getattr(torch, name)
+
+
+def test_shipped_model_is_found_in_a_wheel_and_beside_the_package(tmp_path, monkeypatch):
+    package = tmp_path / "visbio_diffusers"
+    monkeypatch.setattr(load, "__file__", str(package / "load.py"))
+    with pytest.raises(FileNotFoundError, match="lacks the model visbio-blood-28: give --model"):
+        load.default_model()
+    for place in (tmp_path, package):  # the second is looked into first
+        folder = place / "model_cards" / "visbio-blood-28"
+        folder.mkdir(parents=True)
+        Path(folder, "model_index.json").write_text("{}")
+        assert load.default_model() == folder
