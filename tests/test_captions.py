@@ -9,6 +9,7 @@ import pytest
 from visbio_diffusers.captions import available_banks, load_bank
 from visbio_diffusers.wording import fit_articles, fold, realise
 
+
 shipped_bank = functools.cache(load_bank)
 
 MEDMNIST_2D = (

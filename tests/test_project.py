@@ -26,7 +26,8 @@ SCRIPTS = sorted((ROOT / "train_scripts").glob("*.py"))
 
 # A file imports from the layers above its own line here, and from its own subpackage, never sideways or down.
 LAYERS = [
-    {"captions", "checkpoints", "config", "grid", "losses", "registration", "wording"},
+    {"checkpoints", "config", "grid", "losses", "registration", "wording"},
+    {"captions"},
     {"data", "models", "text", "training"},
     {"pipelines"},
     {"visbio_diffusers"},
@@ -35,7 +36,7 @@ LAYERS = [
     {"train_scripts"},
 ]
 LAYER = {part: number for number, layer in enumerate(LAYERS) for part in layer}
-DISTRIBUTION = {"PIL": "pillow", "yaml": "pyyaml"}
+DISTRIBUTION = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "yaml": "pyyaml"}
 
 
 def relative(path: Path) -> str:

@@ -45,7 +45,9 @@ def text_encoder(tmp_path_factory):
     """The result of train_text_encoder.py: two steps, then resumed to four."""
     folder = tmp_path_factory.mktemp("text")
     corpus = folder / "corpus.jsonl"
-    corpus.write_text(json.dumps({"abstract": "Blood cells are counted and classified by automated analysers."}) + "\n")
+    corpus.write_text(
+        json.dumps({"abstract": "Blood cells are counted and classified by automated analysers."}) + "\n"
+    )
     flags = ("--corpus", corpus, "--output_dir", folder / "run", "--checkpointing_steps", 2, "--max_train_steps")
     launch("train_text_encoder.py", *flags, 2)
     launch("train_text_encoder.py", *flags, 4, "--resume_from_checkpoint", "latest")
@@ -111,7 +113,10 @@ def test_pipeline_of_a_training_draws_in_a_new_process(blood_npz, text_encoder, 
         "print(pipe('a monocyte', num_inference_steps=2).images[0].size)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "run" / "pipeline")], capture_output=True, text=True, env=ENVIRONMENT
+        [sys.executable, "-c", code, str(tmp_path / "run" / "pipeline")],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
     )
     assert done.stdout.strip() == "(28, 28)", done.stderr[-2000:]
 

@@ -135,6 +135,24 @@ def load_models(config: TextToImageConfig):
     return VisBioUNet(**{**shape, **json.loads(config.unet_config)}), text_encoder, tokenizer
 
 
+def make_stream(datasets, caption_fn, embed: EmbeddingCache, accelerator, config: TextToImageConfig):
+    """Return a stream for `fit`: images with the embeddings of their captions, some of which are empty."""
+
+    def stream(start: int) -> Iterator[dict]:
+        rank = accelerator.process_index
+        batches = training_batches(
+            datasets, config.dataset_weights or None, caption_fn, config.train_batch_size, config.seed, start, rank,
+            accelerator.num_processes, config.random_flip, config.dataloader_num_workers,
+        )  # fmt: skip
+        for index, batch in enumerate(batches, start):
+            dropped = np.random.default_rng([config.seed, index, rank, 1]).random(config.train_batch_size)
+            texts = ["" if u < config.caption_dropout else text for u, text in zip(dropped, batch["captions"])]
+            states, mask = embed(texts)
+            yield {"pixel_values": batch["pixel_values"], "encoder_hidden_states": states, "mask": mask}
+
+    return stream
+
+
 def main(config: TextToImageConfig) -> int:
     """Train, and write the pipeline; return the number of the signal that interrupted it, or 0."""
     accelerator = make_accelerator(config)
@@ -157,18 +175,6 @@ def main(config: TextToImageConfig) -> int:
     model, optimizer = accelerator.prepare(unet, optimizer)
     ema = make_ema(accelerator, unet, config) if config.use_ema else None
 
-    def stream(start: int) -> Iterator[dict]:
-        rank = accelerator.process_index
-        batches = training_batches(
-            datasets, config.dataset_weights or None, caption_fn, config.train_batch_size, config.seed, start, rank,
-            accelerator.num_processes, config.random_flip, config.dataloader_num_workers,
-        )  # fmt: skip
-        for index, batch in enumerate(batches, start):
-            dropped = np.random.default_rng([config.seed, index, rank, 1]).random(config.train_batch_size)
-            texts = ["" if u < config.caption_dropout else text for u, text in zip(dropped, batch["captions"])]
-            states, mask = embed(texts)
-            yield {"pixel_values": batch["pixel_values"], "encoder_hidden_states": states, "mask": mask}
-
     def loss_fn(model, batch):
         with accelerator.autocast():
             states, mask = batch["encoder_hidden_states"], batch["mask"]
@@ -186,6 +192,7 @@ def main(config: TextToImageConfig) -> int:
     hooks = [validation_hook(accelerator, pipeline, ema, prompts, config.num_validation_images, every, folder)]
     if ema:
         hooks.insert(0, ema_hook(ema, unet))
+    stream = make_stream(datasets, caption_fn, embed, accelerator, config)
     result = fit(accelerator, model, optimizer, lr_scheduler, stream, loss_fn, config, hooks)
     if accelerator.is_main_process and not result.signum:
         if ema:
@@ -203,6 +210,8 @@ def save_pipeline(pipe: VisBioPipeline, config: TextToImageConfig) -> None:
 
     def write(folder: Path) -> None:
         pipe.save_pretrained(folder)
+        file = folder / "text_encoder" / "config.json"  # transformers would load it in fp16, unlike Diffusers the UNet
+        file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": "float32"}, indent=2) + "\n")
         write_results({**environment(), "config": asdict(config)}, folder / "training.json")
 
     save_folder(Path(config.output_dir, "pipeline"), write)

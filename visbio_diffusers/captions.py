@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from .wording import ClassWords, american, fit_articles, fold, join, pick, realise
+from visbio_diffusers.wording import ClassWords, american, fit_articles, fold, join, pick, realise
+
 
 BANK_FOLDER = Path(__file__).parent / "caption_banks"
 

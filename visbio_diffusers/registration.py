@@ -9,8 +9,6 @@ import diffusers
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.pipelines import pipeline_loading_utils
 
-from visbio_diffusers.models.unet_visbio import VisBioTransformerBlock
-
 
 LIBRARY = "visbio_diffusers"
 SAVE_AND_LOAD = ["save_pretrained", "from_pretrained"]
@@ -30,4 +28,5 @@ def register(package, classes):
     for each in classes:
         setattr(diffusers, each.__name__, each)
         setattr(diffusers.pipelines, each.__name__, each)
-    TransformerBlockRegistry.register(VisBioTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+    block = package.models.attention_visbio.VisBioTransformerBlock
+    TransformerBlockRegistry.register(block, TransformerBlockMetadata(return_hidden_states_index=0))

@@ -17,6 +17,22 @@ def max_tokens(tokenizer, text_encoder) -> int:
     return min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
 
 
+def check_texts(name, texts, allow_empty=False):
+    """Raise a ValueError unless `texts` is a text or a non-empty list of texts that say something."""
+    if not isinstance(texts, (str, list)) or not all(isinstance(text, str) for text in texts):
+        kind = type(texts).__name__
+        if isinstance(texts, list):
+            kind = f"a list with {next(type(text).__name__ for text in texts if not isinstance(text, str))}"
+        raise ValueError(f"`{name}` must be a text or a list of texts, but is {kind}")
+    texts = [texts] if isinstance(texts, str) else texts
+    if not texts:
+        raise ValueError(f"`{name}` is an empty list: give at least one text")
+    if not allow_empty and not all(text.strip() for text in texts):
+        raise ValueError(
+            f"`{name}` is empty: describe the image, or draw without text by prompt_embeds=pipe.encode_prompt('')[0]"
+        )
+
+
 @torch.no_grad()
 def encode_text(text_encoder, tokenizer, texts: Sequence[str], device=None) -> torch.Tensor:
     """Return the last hidden states of `texts`, with rows of zeros as padding.

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
+
 _ALTERNATIVES = re.compile(r"\(([^()]*\|[^()]*)\)")
 _ARTICLE = re.compile(r"\b([Aa])n? (?=([\w-]+))")
 _LEADING_ARTICLE = re.compile(r"^(?:an?|the) ")

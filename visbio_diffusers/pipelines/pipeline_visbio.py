@@ -7,36 +7,18 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from visbio_diffusers.models.unet_visbio import VisBioUNet
+from visbio_diffusers.pipelines.lora_loader import VisBioLoraLoaderMixin
 from visbio_diffusers.pipelines.schedulers import prepare_timesteps
-from visbio_diffusers.text import encode_text, max_tokens, text_mask
+from visbio_diffusers.text import check_texts, encode_text, max_tokens, text_mask
 
 
 logger = logging.getLogger(__name__)
-
-
-class VisBioLoraLoaderMixin(StableDiffusionLoraLoaderMixin):
-    """Load, save, fuse and weigh LoRA adapters of the UNet; the text encoder takes none."""
-
-    _lora_loadable_modules = ["unet"]
-
-    @classmethod
-    def load_lora_into_text_encoder(cls, *args, **kwargs):
-        """Do nothing: a BERT is not what Diffusers expects here."""
-
-    def fuse_lora(self, components=("unet",), *args, **kwargs):
-        """Merge adapters into the weights; arguments as in Diffusers."""
-        super().fuse_lora(components, *args, **kwargs)
-
-    def unfuse_lora(self, components=("unet",), **kwargs):
-        """Take merged adapters out of the weights; arguments as in Diffusers."""
-        super().unfuse_lora(components, **kwargs)
 
 
 class VisBioPipeline(DiffusionPipeline, VisBioLoraLoaderMixin):
@@ -193,9 +175,9 @@ class VisBioPipeline(DiffusionPipeline, VisBioLoraLoaderMixin):
         if negative_prompt is not None and negative_prompt_embeds is not None:
             raise ValueError("give either `negative_prompt` or `negative_prompt_embeds`, not both")
         if prompt is not None:
-            _check_texts("prompt", prompt)
+            check_texts("prompt", prompt)
         if negative_prompt is not None:
-            _check_texts("negative_prompt", negative_prompt, allow_empty=True)
+            check_texts("negative_prompt", negative_prompt, allow_empty=True)
         batch_size = len(prompt) if isinstance(prompt, list) else 1
         batch_size = batch_size if prompt_embeds is None else len(prompt_embeds)
         if isinstance(negative_prompt, list) and len(negative_prompt) != batch_size:
@@ -414,19 +396,3 @@ class VisBioPipeline(DiffusionPipeline, VisBioLoraLoaderMixin):
             ratio = noise_pred_text.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True)
             guided = guided * torch.lerp(torch.ones_like(ratio), ratio, self.guidance_rescale)
         return guided
-
-
-def _check_texts(name, texts, allow_empty=False):
-    """Raise a ValueError unless `texts` is a text or a non-empty list of texts that say something."""
-    if not isinstance(texts, (str, list)) or not all(isinstance(text, str) for text in texts):
-        kind = type(texts).__name__
-        if isinstance(texts, list):
-            kind = f"a list with {next(type(text).__name__ for text in texts if not isinstance(text, str))}"
-        raise ValueError(f"`{name}` must be a text or a list of texts, but is {kind}")
-    texts = [texts] if isinstance(texts, str) else texts
-    if not texts:
-        raise ValueError(f"`{name}` is an empty list: give at least one text")
-    if not allow_empty and not all(text.strip() for text in texts):
-        raise ValueError(
-            f"`{name}` is empty: describe the image, or draw without text by prompt_embeds=pipe.encode_prompt('')[0]"
-        )
