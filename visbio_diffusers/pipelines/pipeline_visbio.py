@@ -241,7 +241,7 @@ class VisBioPipeline(DiffusionPipeline, VisBioLoraLoaderMixin):
         num_inference_steps: int = 25,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
-        guidance_scale: float = 1.5,
+        guidance_scale: float = 3.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_rescale: float = 0.0,
         negative_prompt: str | list[str] | None = None,
