@@ -1,7 +1,7 @@
 """Train the text-to-image UNet on labelled or captioned images.
 
 accelerate launch train_scripts/train_text_to_image.py --preset blood-28 --dataset_name bloodmnist \
-    --text_encoder model_cards/visbio-blood-28/text_encoder --output_dir runs/blood-28
+    --text_encoder model_cards/visbio-blood-28 --output_dir runs/blood-28
 The folder OUTPUT_DIR/pipeline loads with `VisBioPipeline.from_pretrained`; --resume_from_checkpoint latest resumes.
 """
 
@@ -30,6 +30,8 @@ from visbio_diffusers.validation import validation_hook
 
 logger = logging.getLogger(__name__)
 
+MIN_VOCABULARY = 100  # without its files a tokenizer loads silently, with its special tokens alone
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextToImageConfig(TrainConfig):
@@ -51,8 +53,8 @@ class TextToImageConfig(TrainConfig):
         default="none", metadata={"help": "dihedral adds turns by 90 degrees: for images without an upright position"}
     )
     text_encoder: str = field(
-        default="model_cards/visbio-blood-28/text_encoder",
-        metadata={"help": "folder or Hub id of a BERT with its tokenizer, e.g. dmis-lab/biobert-v1.1"},
+        default="model_cards/visbio-blood-28",
+        metadata={"help": "folder or Hub id of a BERT with its tokenizer, e.g. dmis-lab/biobert-v1.1, or a pipeline"},
     )
     pretrained_model_name_or_path: str = field(default="", metadata={"help": "pipeline to start from"})
     unet_config: str = field(default="{}", metadata={"help": "arguments of VisBioUNet as JSON"})
@@ -129,8 +131,14 @@ def load_models(config: TextToImageConfig):
     if config.pretrained_model_name_or_path:
         pipe = VisBioPipeline.from_pretrained(config.pretrained_model_name_or_path)
         return pipe.unet.float(), pipe.text_encoder.float(), pipe.tokenizer
-    text_encoder = AutoModel.from_pretrained(config.text_encoder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(config.text_encoder)
+    of_pipeline = Path(config.text_encoder, "model_index.json").exists()
+    encoder_part, tokenizer_part = ("text_encoder", "tokenizer") if of_pipeline else ("", "")
+    text_encoder = AutoModel.from_pretrained(config.text_encoder, subfolder=encoder_part, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(config.text_encoder, subfolder=tokenizer_part)
+    if len(tokenizer) < MIN_VOCABULARY:
+        raise ValueError(
+            f"{config.text_encoder} has no vocabulary: name a folder that holds the tokenizer's files too"
+        )
     shape = {"sample_size": config.resolution, "cross_attention_dim": text_encoder.config.hidden_size}
     return VisBioUNet(**{**shape, **json.loads(config.unet_config)}), text_encoder, tokenizer
 

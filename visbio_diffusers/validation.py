@@ -61,9 +61,10 @@ def validation_hook(
         pipe.unet.train(training)
         save_png(contact_sheet(images, captions, columns=2 * num_images), folder / f"step-{step:07d}.png")
         for tracker in accelerator.trackers:
-            if tracker.name in ("tensorboard", "wandb"):
+            if tracker.name == "tensorboard":
                 batch = np.stack([np.asarray(image.convert("RGB")) for image in images])
-                values = batch if tracker.name == "tensorboard" else list(images)
-                tracker.log_images({"validation": values}, step=step)
+                tracker.log_images({"validation": batch}, step=step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({"validation": images}, step=step)
 
     return hook

@@ -130,45 +130,44 @@ def _frechet_to_root(
 
 def frechet_with_floor(
     features: np.ndarray,
-    floor_features: np.ndarray,
+    floors: list[tuple[np.ndarray, np.ndarray]],
     reference_features: np.ndarray,
     reference_weights: np.ndarray,
     *,
-    floor_weights: np.ndarray | None = None,
     num_resamples: int = 100,
     seed: int = 0,
 ) -> dict:
     """Return the Frechet distance of a set to a reference beside that of as many real images, and their ratio.
 
     Args:
-        features, floor_features (`np.ndarray` of shape `(n, d)`): evaluated images, and as many real ones (the floor).
-        reference_features (`np.ndarray` of shape `(m, d)`) with reference_weights (`(m,)`): what both are compared to.
-        floor_weights (`np.ndarray` of shape `(n,)`, *optional*): when the real ones had to be weighed.
+        features (`np.ndarray` of shape `(n, d)`): of the evaluated images.
+        floors (`list` of pairs `(n, d)` and `(n,)`): features and weights of draws of as many real images.
+        reference_features (`np.ndarray` of shape `(m, d)`) with reference_weights (`(m,)`): what all are compared to.
 
     Returns:
-        `dict(value, floor, ratio)`. Resampling adds bias to this distance, so the bootstrap distribution is moved to
-        the estimate before its 2.5 % and 97.5 % quantiles are read (for the ratio: multiplied onto it).
+        `dict(value, floor, ratio)`. `floor` is the mean over the draws with their 2.5 % and 97.5 % quantiles.
+        Resampling adds bias to this distance, so the bootstrap distribution of `value` is scaled to the estimate.
     """
     rng = np.random.default_rng(seed)
-    sets = [(features, None), (floor_features, floor_weights)]
-    reference_mean, reference_covariance = moments(reference_features, reference_weights)
-    reference = reference_mean, _square_root(reference_covariance)
-    estimates, resampled = [], []
-    for values, weights in sets:
-        weights = np.full(len(values), 1 / len(values)) if weights is None else weights
-        estimates.append(_frechet_to_root(*moments(values, weights), *reference))
-        draws = (rng.integers(len(values), size=len(values)) for _ in range(num_resamples))
-        resampled.append([_frechet_to_root(*moments(values[d], weights[d]), *reference) for d in draws])
-    resampled = np.array(resampled)
-    results = []
-    for value, draws, members in zip(estimates, resampled, sets, strict=True):
-        low, high = np.quantile(draws - draws.mean(), [0.025, 0.975]) + value
-        results.append({"value": value, "low": max(0.0, float(low)), "high": float(high), "n": len(members[0])})
-    ratio = estimates[0] / estimates[1]
-    ratios = resampled[0] / resampled[1]
-    low, high = np.quantile(ratios / ratios.mean(), [0.025, 0.975]) * ratio
-    results.append({"value": ratio, "low": float(low), "high": float(high), "n": len(features)})
-    return dict(zip(("value", "floor", "ratio"), results, strict=True))
+    mean, covariance = moments(reference_features, reference_weights)
+    reference = mean, _square_root(covariance)
+    value = _frechet_to_root(*moments(features), *reference)
+    rows = rng.integers(len(features), size=(num_resamples, len(features)))
+    resampled = np.array([_frechet_to_root(*moments(features[drawn]), *reference) for drawn in rows])
+    resampled *= value / resampled.mean()
+    drawn_floors = np.array([_frechet_to_root(*moments(*floor), *reference) for floor in floors])
+    mean_floors = rng.choice(drawn_floors, size=(num_resamples, len(floors))).mean(axis=1)
+    ratio = value / drawn_floors.mean()
+    return {
+        "value": _with_quantiles(value, resampled, len(features)),
+        "floor": _with_quantiles(drawn_floors.mean(), drawn_floors, len(floors[0][0])),
+        "ratio": _with_quantiles(ratio, resampled / mean_floors, len(features)),
+    }
+
+
+def _with_quantiles(value: float, draws: np.ndarray, n: int) -> dict:
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return {"value": float(value), "low": float(low), "high": float(high), "n": n}
 
 
 def within_class_distance(
@@ -189,7 +188,8 @@ def within_class_distance(
 
     Returns:
         `dict(ratio, per_class)`: the mean over classes of the ratio of mean pairwise distances, with bootstrap
-        intervals over both sets. Classes with fewer than 2 images on either side are left out.
+        intervals over both sets. Classes with fewer than 2 images on either side are left out; if that leaves none,
+        the ratio is None.
     """
     rng = np.random.default_rng(seed)
     per_class, all_ratios = {}, []
@@ -197,31 +197,22 @@ def within_class_distance(
         pair = [features[labels == index], real_features[real_labels == index]]
         if min(map(len, pair)) < 2:
             continue
-        draws = np.array([_distance_draws(rows, num_resamples, rng) for rows in pair])  # (2, 1 + num_resamples)
-        ratios = draws[0] / draws[1]
-        low, high = np.nanquantile(ratios[1:], [0.025, 0.975])
-        per_class[name] = {
-            "value": float(ratios[0]),
-            "low": float(low),
-            "high": float(high),
-            "n": len(pair[0]),
-            "generated": float(draws[0, 0]),
-            "real": float(draws[1, 0]),
-        }
+        generated, real = (_distance_draws(rows, num_resamples, rng) for rows in pair)
+        ratios = generated / real
+        distances = {"generated": float(generated[0]), "real": float(real[0])}
+        per_class[name] = {**_with_quantiles(ratios[0], ratios[1:], len(pair[0])), **distances}
         all_ratios.append(ratios)
-    mean = np.nanmean(all_ratios, axis=0)
-    low, high = np.nanquantile(mean[1:], [0.025, 0.975])
-    overall = {"value": float(mean[0]), "low": float(low), "high": float(high), "n": len(features)}
-    return {"ratio": overall, "per_class": per_class}
+    if not all_ratios:
+        return {"ratio": None, "per_class": {}}
+    mean = np.mean(all_ratios, axis=0)
+    return {"ratio": _with_quantiles(mean[0], mean[1:], len(features)), "per_class": per_class}
 
 
 def _distance_draws(features: np.ndarray, num_resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Return the mean distance of all pairs of rows, then that of resamples; a row's pairs with itself never count.
-
-    A resample of a small class that drew one row only has no pairs and is NaN.
-    """
+    """Return the mean distance of all pairs of rows, then that of resamples; a row's pairs with itself never count."""
     x = torch.as_tensor(features, dtype=torch.float32)
     drawn = rng.multinomial(len(x), np.full(len(x), 1 / len(x)), size=num_resamples)
     counts = torch.as_tensor(np.vstack([np.ones(len(x)), drawn]), dtype=torch.float32)  # (1 + num_resamples, n)
+    counts[(counts > 0).sum(dim=1) == 1] = 1  # a draw of one row alone, in a tiny class, has no pairs
     pairs = counts.sum(dim=1).square() - counts.square().sum(dim=1)
     return ((counts @ torch.cdist(x, x) * counts).sum(dim=1) / pairs).numpy()

@@ -27,6 +27,8 @@ EVALUATORS = {
     "cnn5": {"width": 40, "kernel_size": 5, "seed": 1},
 }
 
+FLOOR_DRAWS = 20  # one draw of 1,024 real images gives a Frechet distance between a third and twice the mean
+
 
 @dataclass(frozen=True)
 class Evaluator:
@@ -53,7 +55,8 @@ class Reference:
     Args:
         class_names (`tuple` of `str`): in the order of the labels.
         train, test (`Split`): real images; test ones were seen by no model and no evaluator.
-        matched (`np.ndarray`): rows of `train` with as many images of every class as the evaluated set has.
+        matched (`list` of `np.ndarray`): draws of rows of `train`, each with as many images of every class as the
+            evaluated set has. All make the floor of the distance; the first one stands for real images elsewhere.
         weights (`np.ndarray`): of the test images, bringing them to the class shares of the evaluated set.
         evaluators (`list` of `Evaluator`): the judges.
         test_distances (`np.ndarray`): from every test image to its nearest training image, in [0, 1] pixels.
@@ -65,7 +68,7 @@ class Reference:
     class_names: tuple[str, ...]
     train: Split
     test: Split
-    matched: np.ndarray
+    matched: list[np.ndarray]
     weights: np.ndarray
     evaluators: list[Evaluator]
     test_distances: np.ndarray
@@ -149,7 +152,7 @@ def make_reference(
         class_names=class_names,
         train=train,
         test=test,
-        matched=match_classes(train.labels, labels, seed),
+        matched=[match_classes(train.labels, labels, seed + draw) for draw in range(FLOOR_DRAWS)],
         weights=class_weights(test.labels, labels),
         evaluators=evaluators,
         test_distances=nearest_distances(test.images, train.images, device=device)[0],
@@ -183,39 +186,40 @@ def measure(generated: Split, reference: Reference, cas_steps: int = 0) -> dict:
         cas_steps (`int`): optimizer steps of `classification_accuracy_score`; 0 leaves it out.
 
     Returns:
-        `near_copies_pixels`, and under `evaluators` for each judge `fidelity`, `within_class_distance`, `frechet`
-        (to the real test images, classes weighed alike; the floor is as many training images) and `near_copies`.
+        `near_copies_pixels` (which sees smooth images nearer than they are: compare it with the features), and under
+        `evaluators` for each judge: `fidelity`; `within_class_distance`, also of recognised images alone, since
+        images of wrong classes are far from the others; `frechet` to the real test images, with the class shares of
+        the evaluated ones, its floor from training images; `near_copies` in features.
     """
     distances, _ = nearest_distances(generated.images, reference.train.images, device=reference.device)
     result = {
         "n": len(generated.images),
         "near_copies_pixels": near_copies(distances, reference.test_distances, reference.weights),
-        "evaluators": {},
+        "evaluators": {judge.name: _judged(generated, reference, judge) for judge in reference.evaluators},
     }
-    matched_labels = reference.train.labels[reference.matched]
-    for judge in reference.evaluators:
-        features = evaluator_features.features(judge.model, generated.images)
-        matched = judge.train_features[reference.matched]
-        test_distances, _ = nearest_distances(judge.test_features, judge.train_features, device=reference.device)
-        distances, _ = nearest_distances(features, judge.train_features, device=reference.device)
-        result["evaluators"][judge.name] = {
-            "fidelity": fidelity(predictions(judge.model, features), generated.labels, reference.class_names),
-            "within_class_distance": within_class_distance(
-                features, generated.labels, matched, matched_labels, reference.class_names, seed=reference.seed
-            ),
-            "frechet": frechet_with_floor(
-                features,
-                matched,
-                judge.test_features,
-                reference.weights,
-                floor_weights=class_weights(matched_labels, generated.labels),
-                seed=reference.seed,
-            ),
-            "near_copies": near_copies(distances, test_distances, reference.weights),
-        }
     if cas_steps:
         result["classification_accuracy_score"] = classification_accuracy_score(generated, reference, cas_steps)
     return result
+
+
+def _judged(generated: Split, reference: Reference, judge: Evaluator) -> dict:
+    names, seed, labels = reference.class_names, reference.seed, generated.labels
+    features = evaluator_features.features(judge.model, generated.images)
+    answers = predictions(judge.model, features)
+    draws = [(judge.train_features[rows], reference.train.labels[rows]) for rows in reference.matched]
+    real, real_labels = draws[0]
+    right, real_right = answers == labels, predictions(judge.model, real) == real_labels
+    recognised = features[right], labels[right], real[real_right], real_labels[real_right]
+    floors = [(rows, class_weights(row_labels, labels)) for rows, row_labels in draws]
+    test_distances, _ = nearest_distances(judge.test_features, judge.train_features, device=reference.device)
+    distances, _ = nearest_distances(features, judge.train_features, device=reference.device)
+    return {
+        "fidelity": fidelity(answers, labels, names),
+        "within_class_distance": within_class_distance(features, labels, real, real_labels, names, seed=seed),
+        "recognised_within_class_distance": within_class_distance(*recognised, names, seed=seed),
+        "frechet": frechet_with_floor(features, floors, judge.test_features, reference.weights, seed=seed),
+        "near_copies": near_copies(distances, test_distances, reference.weights),
+    }
 
 
 def measure_wording(generated: Split, prompts: list[str], reference: Reference) -> dict:
@@ -259,4 +263,4 @@ def classification_accuracy_score(training: Split, reference: Reference, steps: 
 
 def real_training_images(reference: Reference) -> Split:
     """Return the real training images that stand beside the evaluated ones."""
-    return Split(reference.train.images[reference.matched], reference.train.labels[reference.matched])
+    return Split(reference.train.images[reference.matched[0]], reference.train.labels[reference.matched[0]])

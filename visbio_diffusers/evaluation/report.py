@@ -100,7 +100,9 @@ def _run_title(run: dict) -> str:
     return "Generated" if scale is None else f"Generated, guidance {scale:g}"
 
 
-def _cell(entry: dict, digits: int = 3) -> str:
+def _cell(entry: dict | None, digits: int = 3) -> str:
+    if entry is None:  # too few images to tell
+        return "-"
     return f"{entry['value']:.{digits}f} ({entry['low']:.{digits}f} to {entry['high']:.{digits}f})"
 
 
@@ -108,16 +110,17 @@ def _judge_rows(judge: dict, runs: list[dict]) -> list[list[str]]:
     name = judge["name"]
     measured = [run["evaluators"][name] for run in runs]
     real_accuracy = _cell(judge["real_test"]["overall"])
-    rows = [
-        [f"Recognised as the class in the prompt ({name})", *(_cell(m["fidelity"]["overall"]) for m in measured)],
-        [f"Distance within a class, generated / real ({name})"],
-        [f"FD-{name} to real test images", *(_cell(m["frechet"]["value"]) for m in measured)],
-        [f"FD-{name} / that of as many real training images", *(_cell(m["frechet"]["ratio"], 2) for m in measured)],
+    kinds = [
+        ("Recognised as the class in the prompt ({})", ("fidelity", "overall"), real_accuracy),
+        ("Distance within a class, generated / real ({})", ("within_class_distance", "ratio"), "1"),
+        ("The same, recognised images only ({})", ("recognised_within_class_distance", "ratio"), "1"),
+        ("FD-{} to real test images", ("frechet", "value"), _cell(measured[0]["frechet"]["floor"])),
+        ("FD-{} / that of as many real training images", ("frechet", "ratio"), "1"),
     ]
-    rows[0].append(real_accuracy)
-    rows[1] += [*(_cell(m["within_class_distance"]["ratio"]) for m in measured), "1"]
-    rows[2].append(_cell(measured[0]["frechet"]["floor"]))
-    rows[3].append("1")
+    rows = [
+        [title.format(name), *(_cell(entry[measure][part]) for entry in measured), real]
+        for title, (measure, part), real in kinds
+    ]
     if all("heldout_wording" in run for run in runs):
         cells = [_cell(run["heldout_wording"][name]["overall"]) for run in runs]
         rows.insert(1, [f"The same, prompts in held-out wording ({name})", *cells, real_accuracy])

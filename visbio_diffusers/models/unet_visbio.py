@@ -131,7 +131,7 @@ class VisBioUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, Cach
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["VisBioTransformerBlock", "VisBioResnetBlock", "VisBioTextBlock"]
-    _repeated_blocks = ["VisBioTransformerBlock", "VisBioResnetBlock"]
+    _repeated_blocks = ["VisBioTransformerBlock"]  # all of one shape; residual blocks are not
     _skip_layerwise_casting_patterns = ["norm", "time_embedding", "conv_in", "conv_out"]
     _keep_in_fp32_modules = ["time_embedding"]
 
