@@ -233,7 +233,7 @@ def test_other_parameters_in_the_same_folder_are_refused(visbio, tmp_path, capsy
     for output, form in (("set", "imagefolder"), ("set.npz", "npz")):
         assert visbio(*blood(output, form, 1, "--seed", "1")) == 1
         assert "says seed=0, not 1" in capsys.readouterr().err
-        assert visbio(*blood(output, form, 1, "--guidance-scale", "3")) == 1
+        assert visbio(*blood(output, form, 1, "--guidance-scale", "7")) == 1
         assert "guidance_scale=" in capsys.readouterr().err
     Path("set.json").unlink()
     assert visbio(*blood("set.npz", "npz", 1)) == 1
