@@ -71,6 +71,8 @@ def test_lora_changes_and_removed_restores(tiny_unet, tmp_path):
     assert torch.equal(_run(unet), plain) and list(unet.state_dict()) == names
     unet.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
     assert torch.equal(_run(unet), with_adapter)
+    unet.set_adapters("default_0", 0.0)
+    assert torch.equal(_run(unet), plain)
 
 
 def test_fused_projections_are_equal_and_come_apart(tiny_unet):
@@ -87,7 +89,7 @@ def test_fused_projections_are_equal_and_come_apart(tiny_unet):
 def test_attention_backend_reaches_every_layer(tiny_unet, backend):
     unet = tiny_unet()
     plain = _run(unet)
-    with attention_backend("native"):  # puts back the backend of the process, which the next line also sets
+    with attention_backend(AttentionBackendName.NATIVE):  # puts back the backend of the process, which the next line also sets
         unet.set_attention_backend(backend)
         backends = {attention.processor._attention_backend for attention in _attentions(unet)}
         assert backends == {AttentionBackendName(backend)}
