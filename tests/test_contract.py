@@ -89,7 +89,7 @@ def test_fused_projections_are_equal_and_come_apart(tiny_unet):
 def test_attention_backend_reaches_every_layer(tiny_unet, backend):
     unet = tiny_unet()
     plain = _run(unet)
-    with attention_backend(AttentionBackendName.NATIVE):  # puts back the backend of the process, which the next line also sets
+    with attention_backend(AttentionBackendName.NATIVE):  # puts back the process' backend, set in the next line too
         unet.set_attention_backend(backend)
         backends = {attention.processor._attention_backend for attention in _attentions(unet)}
         assert backends == {AttentionBackendName(backend)}

@@ -6,6 +6,7 @@ Both sides: same batch, dtype and threads, a warm-up, then the median of 5. Time
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -20,6 +21,7 @@ from visbio_diffusers import VisBioUNet
 from visbio_diffusers.text import text_mask
 
 
+ROOT = Path(__file__).parents[2]
 SIZE, TOKENS, WIDTH = 32, 32, 192
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -106,7 +108,8 @@ def guided_sampling(unet, device, cached, batch_size=8, steps=10):
 def peak_memory(code):
     """Run Python `code` in a new process and return its peak resident memory in GB."""
     report = "\nimport resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    done = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code + report]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return int(done.stdout.split()[-1]) / 2**20
 
 
@@ -116,17 +119,15 @@ from visbio_diffusers.cli import main
 folder = tempfile.mkdtemp()
 main(["generate", "a microscopy image of a monocyte", "--num-images", "8", "--output", folder + "/out.png"])
 """
-TRAIN = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import bench_unet, torch
-unet = bench_unet.visbio_unet()
-optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4)
-text = torch.randn(64, bench_unet.TOKENS, bench_unet.WIDTH)
-for _ in range(3):
-    unet(torch.randn(64, 3, 28, 28), 500, text, return_dict=False)[0].square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
+TRAIN = """
+import runpy, sys, tempfile
+folder = tempfile.mkdtemp()
+sys.argv = ["train", "--preset", "blood-28", "--dataset_name", {dataset!r}, "--output_dir", folder]
+sys.argv += ["--max_train_steps", "3", "--validation_steps", "0", "--report_to", "none"]
+try:
+    runpy.run_path({script!r}, run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
 """
 
 
@@ -138,7 +139,9 @@ def main():
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--output")
+    parser.add_argument("--output", help="write the figures to this JSON file too")
+    data = Path(os.environ.get("VISBIO_DATA", ROOT.parent / "shared" / "data"))
+    parser.add_argument("--dataset", default=str(data / "medmnist" / "bloodmnist_rebuilt_28.npz"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
@@ -154,7 +157,8 @@ def main():
     results["ratio"] = {kind: rates["visbio"][kind] / rates["stock"][kind] for kind in ("train", "inference")}
     plain, cached = (guided_sampling(ours.eval(), device, cached) for cached in (False, True))
     results["ratio"]["cached_text"] = plain / cached
-    results["peak_gb"] = {"generate_8": peak_memory(GENERATE), "train_batch_64": peak_memory(TRAIN)}
+    train = TRAIN.format(dataset=args.dataset, script=str(ROOT / "train_scripts" / "train_text_to_image.py"))
+    results["peak_gb"] = {"generate_8": peak_memory(GENERATE), "train_batch_64": peak_memory(train)}
     text = json.dumps(results, indent=2)
     sys.stdout.write(text + "\n")
     if args.output:
