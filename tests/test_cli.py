@@ -215,7 +215,7 @@ def test_killed_runs_end_as_uninterrupted_ones(visbio, tiny_pipeline_dir, tmp_pa
     assert not (images / "metadata.jsonl").exists()
     damaged = images / BLOOD[0] / "00000.png"
     damaged.write_bytes(kept[damaged][1][:-30])
-    (images / BLOOD[0] / ".00003.png.1.part").write_bytes(b"half")
+    (images / BLOOD[0] / ".tmp-1-00003.png").write_bytes(b"half")
     shutil.copytree(tmp_path / "killed" / "set", tmp_path / "killed" / "set.npz.part")  # where an npz is begun
 
     monkeypatch.chdir(tmp_path / "killed")
@@ -309,7 +309,8 @@ def test_full_disk_is_named_and_leaves_no_half_file(visbio, monkeypatch, tmp_pat
 
     monkeypatch.setattr(os, "fsync", full)
     assert visbio("a cell", "--num-images", "1") == 1
-    assert capsys.readouterr().err.endswith("visbio: error: [Errno 28] No space left on device\n")
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("visbio: error: cannot write out/00000.png: No space left on device; ")
     assert visbio(*blood("set.npz", "npz", 1)) == 1
     assert not files(tmp_path)
 

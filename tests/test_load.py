@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -61,3 +62,15 @@ def test_shipped_model_is_found_in_a_wheel_and_beside_the_package(tmp_path, monk
         folder.mkdir(parents=True)
         Path(folder, "model_index.json").write_text("{}")
         assert load.default_model() == folder
+
+
+def test_loading_says_nothing(tiny_pipeline_dir, caplog):
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]  # they do not propagate
+    for logger in loggers:
+        logger.addHandler(caplog.handler)
+    try:
+        load.load_pipeline(str(tiny_pipeline_dir), "cpu")
+    finally:
+        for logger in loggers:
+            logger.removeHandler(caplog.handler)
+    assert not caplog.messages

@@ -26,6 +26,7 @@ SCRIPTS = sorted((ROOT / "train_scripts").glob("*.py"))
 
 # A file imports from the layers above its own line here, and from its own subpackage, never sideways or down.
 LAYERS = [
+    {"files"},
     {"checkpoints", "config", "grid", "losses", "registration", "wording"},
     {"captions"},
     {"data", "models", "text", "training"},

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
+
+from visbio_diffusers.files import whole_file
 
 
 def _flag(default: Any, help: str) -> Any:
@@ -84,9 +85,8 @@ class TrainConfig:
         """
         settings = asdict(self)
         del settings["resume_from_checkpoint"]
-        temporary = Path(path).with_name(f".tmp-{Path(path).name}")
-        temporary.write_text(json.dumps(settings, indent=2) + "\n")
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            temporary.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 ConfigClass = TypeVar("ConfigClass", bound=TrainConfig)

@@ -19,9 +19,8 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from tqdm import tqdm
 
 from visbio_diffusers import VisBioPipeline, __version__
 from visbio_diffusers.captions import CaptionBank
+from visbio_diffusers.files import PREFIX, whole_file
 from visbio_diffusers.grid import contact_sheet, save_png
 
 
@@ -146,15 +146,16 @@ def generate_folder(studio: Studio, labelled: LabelledSet, output: Path) -> None
     """
     items = plan(labelled)
     _begin(output, _parameters(studio, labelled, items))
-    for part in output.glob("train/*/.*.part"):
+    for part in output.glob(f"train/*/{PREFIX}*"):
         part.unlink()  # of a killed run
     missing = {item.path for item in items if not _is_whole(output / item.path)}
     batches = [b for b in _batches(items, studio.batch_size) if any(item.path in missing for item in b)]
     for item, image in draw(studio, batches, len(items)):
         if item.path in missing:
             save_png(image, output / item.path, _describe(studio, item))
-    with _whole_file(output / "train" / "metadata.jsonl") as file:
-        file.writelines(json.dumps(_row(item), ensure_ascii=False).encode() + b"\n" for item in items)
+    rows = [json.dumps(_row(item), ensure_ascii=False) + "\n" for item in items]
+    with whole_file(output / "train" / "metadata.jsonl") as temporary:
+        temporary.write_text("".join(rows), encoding="utf-8")
 
 
 def generate_npz(studio: Studio, labelled: LabelledSet, output: Path) -> None:
@@ -179,11 +180,11 @@ def generate_npz(studio: Studio, labelled: LabelledSet, output: Path) -> None:
         generate_folder(studio, labelled, folder)
         images = np.stack([_read(folder / item.path) for item in items])
         labels = np.array([item.label for item in items], dtype=np.uint8).reshape(len(items), -1)
-        with _whole_file(sidecar) as file:
-            content = {**parameters, "images": [_row(item) for item in items]}
-            file.write(json.dumps(content, indent=1, ensure_ascii=False).encode())
-        with _whole_file(output) as file:
-            np.savez_compressed(file, train_images=images, train_labels=labels)
+        content = {**parameters, "images": [_row(item) for item in items]}
+        with whole_file(sidecar) as temporary:
+            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+        with whole_file(output) as temporary:
+            np.savez_compressed(temporary, train_images=images, train_labels=labels)
     if folder.exists():  # also after a run that was killed just before this line
         shutil.rmtree(folder)
 
@@ -306,8 +307,8 @@ def _begin(folder: Path, parameters: dict[str, Any]) -> None:
         return
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and has no {record.name} that says what is in it: use a new folder")
-    with _whole_file(record) as file:
-        file.write(json.dumps(parameters, indent=2, ensure_ascii=False).encode())
+    with whole_file(record) as temporary:
+        temporary.write_text(json.dumps(parameters, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def _compare(record: Path, parameters: dict[str, Any]) -> None:
@@ -347,18 +348,3 @@ def _remove_earlier(folder: Path, num_images: int) -> None:
                 ours = image.info.get("Software", "").startswith("visbio_diffusers ")
             if ours:
                 path.unlink()
-
-
-@contextmanager
-def _whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Write beside the target and rename, so that no half file remains."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

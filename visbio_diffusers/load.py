@@ -92,8 +92,8 @@ def _check_parts(folder: Path) -> None:
 
 def _load(folder: Path, dtype: torch.dtype) -> VisBioPipeline:
     """Load a pipeline whose parts are all of `dtype` (but for those that a UNet keeps in float32)."""
-    unet = VisBioUNet.from_pretrained(folder / "unet", torch_dtype=dtype)
-    pipe = VisBioPipeline.from_pretrained(folder, unet=unet)
+    pipe = VisBioPipeline.from_pretrained(folder, unet=None)  # passed here, Diffusers would print all its layers
+    pipe.register_modules(unet=VisBioUNet.from_pretrained(folder / "unet", torch_dtype=dtype))
     if len(pipe.tokenizer) <= len(pipe.tokenizer.all_special_tokens):  # what a lost vocabulary loads as
         raise ValueError("its tokenizer has no words")
     pipe.text_encoder.to(dtype)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
+
+from visbio_diffusers.files import whole_file
 
 
 def max_tokens(tokenizer, text_encoder) -> int:
@@ -97,15 +98,8 @@ class EmbeddingCache:
             for row, state, mask in zip(rows, hidden_states, text_mask(hidden_states)):
                 states[row] = state[mask].half().cpu()
         starts = torch.tensor([0, *(len(state) for state in states)]).cumsum(0)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".tmp-{os.getpid()}-{self.path.name}")
-        try:
+        with whole_file(self.path) as temporary:
             save_file({"tokens": torch.cat(states), "starts": starts}, temporary)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def __call__(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return float32 hidden states (batch, tokens, width), padded with zeros, and their bool mask.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import shutil
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
+
+from visbio_diffusers.files import whole_file
 
 
 logger = logging.getLogger(__name__)
@@ -75,17 +76,10 @@ def _map_array(archive: zipfile.ZipFile, path: Path, key: str, cache: Path) -> n
     target = cache / "unpacked" / f"{path.stem}.{key}.{stamp}.npy"
     if not target.exists():
         logger.info("unpacking %s of %s to %s", key, path, target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_suffix(f".{os.getpid()}.part")
-        try:
-            with archive.open(f"{key}.npy") as source, part.open("wb") as file:
+        with whole_file(target) as temporary:
+            with archive.open(f"{key}.npy") as source, temporary.open("wb") as file:
                 shutil.copyfileobj(source, file, 2**22)
-                file.flush()
-                os.fsync(file.fileno())
-            np.load(part, mmap_mode="r", allow_pickle=False)  # refused here, it leaves nothing behind
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
+            np.load(temporary, mmap_mode="r", allow_pickle=False)  # refused here, it leaves nothing behind
     return np.load(target, mmap_mode="r", allow_pickle=False)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from visbio_diffusers.data import ImageDataset, load_image_dataset
+from visbio_diffusers.files import whole_file
 
 
 if TYPE_CHECKING:
@@ -118,11 +118,5 @@ def generate_images(
 
 def save_images(path: str | Path, generated: Split, prompts: list[str]) -> None:
     """Write images, labels and prompts to an npz that `read_images` reads, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
+    with whole_file(path) as temporary:
         np.savez_compressed(temporary, images=generated.images, labels=generated.labels, prompts=np.array(prompts))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

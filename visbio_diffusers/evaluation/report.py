@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import visbio_diffusers
+from visbio_diffusers.files import whole_file
 
 
 PACKAGES = ("torch", "diffusers", "transformers", "numpy")
@@ -60,18 +61,9 @@ def write_results(results: dict, path: str | Path) -> None:
     Raises:
         OSError: if the file cannot be written; what stood there before is untouched.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            json.dump(results, stream, indent=2, allow_nan=False)
-            stream.write("\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = json.dumps(results, indent=2, allow_nan=False) + "\n"
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def render_card_results(results: dict) -> str:

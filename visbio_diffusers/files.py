@@ -1,0 +1,35 @@
+"""Files that are either whole or absent."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+PREFIX = ".tmp-"  # of the names of files that are being written
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; what is written there is `path` once the block has ended well.
+
+    Folders are made as needed. What stood at `path` before stays if the block fails.
+
+    Raises:
+        OSError: naming `path`, if the disk is full or not writable.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{PREFIX}{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"cannot write {path}: {reason}; make room, or choose a place where you may write") from error
+    finally:
+        temporary.unlink(missing_ok=True)
