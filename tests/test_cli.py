@@ -191,8 +191,25 @@ def test_grid_has_a_row_for_each_class(visbio, capsys):
     assert [path.name for path in Path("demo").iterdir()] == ["cells.png"]
 
 
+KILLED = """
+import os, signal, sys
+from visbio_diffusers import generate
+from visbio_diffusers.cli import main
+
+save, number = generate.save_png, iter(range(7))
+
+def save_and_die(*arguments):
+    save(*arguments)
+    if next(number) == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+generate.save_png = save_and_die
+main(sys.argv[1:])
+"""
+
+
 def test_killed_runs_end_as_uninterrupted_ones(visbio, tiny_pipeline_dir, tmp_path, monkeypatch):
-    arguments = ["--batch-size", "5", "--prompts", "captions", "--steps", "30"]
+    arguments = ["--batch-size", "5", "--prompts", "captions"]
     for folder in ("whole", "killed"):
         (tmp_path / folder).mkdir()
     monkeypatch.chdir(tmp_path / "whole")
@@ -200,18 +217,12 @@ def test_killed_runs_end_as_uninterrupted_ones(visbio, tiny_pipeline_dir, tmp_pa
     assert visbio(*blood("set.npz", "npz", 3, *arguments)) == 0
 
     images = tmp_path / "killed" / "set" / "train"
-    process = subprocess.Popen(
-        command("--model", str(tiny_pipeline_dir), "--device", "cpu", *blood("set", "imagefolder", 3, *arguments)),
-        cwd=tmp_path / "killed",
-        env=environment(),
-        stderr=subprocess.DEVNULL,
-    )
-    while len(list(images.glob("*/*.png"))) < 7 and process.poll() is None:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    model = ["--model", str(tiny_pipeline_dir), "--device", "cpu"]
+    killed = [sys.executable, "-c", KILLED, "generate", *model, *blood("set", "imagefolder", 3, *arguments)]
+    done = subprocess.run(killed, cwd=tmp_path / "killed", env=environment(), stderr=subprocess.DEVNULL)
+    assert done.returncode == -signal.SIGKILL
     kept = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in images.glob("*/*.png")}
-    assert 7 <= len(kept) < 24
+    assert len(kept) == 7
     assert not (images / "metadata.jsonl").exists()
     damaged = images / BLOOD[0] / "00000.png"
     damaged.write_bytes(kept[damaged][1][:-30])

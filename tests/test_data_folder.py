@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visbio_diffusers.data import caption_function, load_image_dataset, preview
+from visbio_diffusers.data import caption_pools, load_image_dataset, preview
 from visbio_diffusers.data import dataset as dataset_module
 
 
@@ -45,7 +45,7 @@ def test_captions_from_metadata(load, tmp_path, form, caplog):
     assert "1 of 3 images" in caplog.text  # c.png has no line
     wanted = Image.open(tmp_path / "set" / "a.png").resize((8, 8), Image.BICUBIC, box=(1, 0, 11, 10))
     assert np.array_equal(captions["cell a"], np.asarray(wanted))
-    assert caption_function([dataset])(0, dataset[0], None) == dataset[0]["caption"]
+    assert caption_pools([dataset], 64, 0)[0](0, dataset[0], None) == dataset[0]["caption"]
 
 
 def test_classes_from_subfolders_and_splits(load, tmp_path):
@@ -55,7 +55,7 @@ def test_classes_from_subfolders_and_splits(load, tmp_path):
     train, val = load(tmp_path / "set"), load(tmp_path / "set", "val")
     assert (len(train), len(val)) == (6, 2)
     assert train.class_names == ("Platelets", "basophil")
-    assert caption_function([train])(0, train[0], None) == "a microscopy image of Platelets"
+    assert caption_pools([train], 64, 0)[0](0, train[0], np.random.default_rng(0)) == "a microscopy image of Platelets"
     described = load(tmp_path / "set", caption_bank="bloodmnist")  # renumbered to the order of the bank
     assert described.labels.tolist() == [7, 7, 7, 0, 0, 0]
     assert described.class_names[7] == "platelet"
@@ -211,7 +211,7 @@ def test_real_parquet_with_classes_and_subtypes(load, visbio_data):
     for index in (0, 199):
         assert np.array_equal(dataset[index]["image"], again[index]["image"])
         assert dataset[index]["image"].shape == (32, 32, 3)
-    caption = caption_function([dataset])(0, dataset[0], np.random.default_rng(0))
+    caption = caption_pools([dataset], 64, 0)[0](0, dataset[0], np.random.default_rng(0))
     assert isinstance(caption, str) and caption
 
 
@@ -235,7 +235,7 @@ def test_subtype_that_the_bank_does_not_know_is_refused_before_training(load, tm
     )
     table.cast_column("image", datasets.Image()).to_parquet(tmp_path / "set.parquet")
     with pytest.raises(ValueError, match="giant neutrophil"):
-        caption_function([load(tmp_path / "set.parquet", caption_bank="bloodmnist")])
+        caption_pools([load(tmp_path / "set.parquet", caption_bank="bloodmnist")], 64, 0)[0]
 
 
 def test_preview_sheet_and_figures(load, tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from visbio_diffusers.data import ImageDataset, MixedSampler, caption_function, load_image_dataset, training_batches
+from visbio_diffusers.data import ImageDataset, MixedSampler, caption_pools, load_image_dataset, training_batches
 from visbio_diffusers.data.mixture import flip_images
 
 
@@ -147,9 +147,10 @@ def test_a_new_process_draws_the_same_batches(visbio_data):
     path = str(visbio_data / "medmnist" / "bloodmnist_rebuilt_28.npz")
     code = (
         "import hashlib, itertools\n"
-        "from visbio_diffusers.data import caption_function, load_image_dataset, training_batches\n"
+        "from visbio_diffusers.data import caption_pools, load_image_dataset, training_batches\n"
         f"dataset = load_image_dataset({path!r}, 'val')\n"
-        "stream = training_batches([dataset], None, caption_function([dataset]), 64, 0, 20, random_flip='dihedral')\n"
+        "caption_fn = caption_pools([dataset], 64, 0)[0]\n"
+        "stream = training_batches([dataset], None, caption_fn, 64, 0, 20, random_flip='dihedral')\n"
         "digest = hashlib.sha256()\n"
         "for batch in itertools.islice(stream, 10):\n"
         "    digest.update(batch['pixel_values'].numpy().tobytes() + repr(batch['captions']).encode())\n"
@@ -172,14 +173,14 @@ def test_images_that_make_no_batch():
     with pytest.raises(ValueError, match="random_flip='vertical': choose none, horizontal, dihedral"):
         take(1, [wide], random_flip="vertical")
     with pytest.raises(ValueError, match="mine has no captions: choose with --caption_column"):
-        caption_function([ImageDataset("mine", "train", wide.images)])
+        caption_pools([ImageDataset("mine", "train", wide.images)], 64, 0)[0]
 
 
 def test_throughput_in_memory():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (4096, 28, 28, 3), dtype=np.uint8)
     dataset = ImageDataset("set", "train", images, captions=["x"] * len(images))
-    stream = training_batches([dataset], None, caption_function([dataset]), 64, 0, random_flip="dihedral")
+    stream = training_batches([dataset], None, caption_pools([dataset], 64, 0)[0], 64, 0, random_flip="dihedral")
     next(stream)
     started = time.process_time()
     for batch in islice(stream, 60):
@@ -190,7 +191,7 @@ def test_throughput_in_memory():
 def test_real_sets_mixed_by_weight(visbio_data):
     names = ("bloodmnist_rebuilt_28.npz", "pneumoniamnist_rebuilt_28.npz")
     sets = [load_image_dataset(str(visbio_data / "medmnist" / name), "val", resolution=32) for name in names]
-    batches = list(islice(training_batches(sets, [0.7, 0.3], caption_function(sets), 50, 0), 20))
+    batches = list(islice(training_batches(sets, [0.7, 0.3], caption_pools(sets, 64, 0)[0], 50, 0), 20))
     assert {batch["pixel_values"].shape for batch in batches} == {(50, 3, 32, 32)}
     grey = sum(bool((image == image[:1]).all()) for batch in batches for image in batch["pixel_values"])
     assert grey == 300

@@ -284,7 +284,7 @@ def test_images_come_back_from_a_file_and_wrong_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="labels outside 0 to 2"):
         read_images(tmp_path / "drawn.npz", ("a", "b", "c"))
     np.savez(tmp_path / "wrong.npz", pictures=generated.images)
-    with pytest.raises(ValueError, match="must hold images and labels, it holds pictures"):
+    with pytest.raises(ValueError, match="has no train_images and train_labels: its keys are pictures"):
         read_images(tmp_path / "wrong.npz", NAMES)
 
 
@@ -378,7 +378,7 @@ def test_script_measures_a_model_at_two_guidance_scales_and_its_images_again(scr
     [
         ([], "give either --model or --images"),
         (["--images", "nothing.npz"], "nothing.npz"),
-        (["--images", "bloodmnist_toy.npz"], "must hold images and labels"),
+        (["--images", "missing.npz"], "no file missing.npz"),
         (["--images", "x.npz", "--guidance_scale", "2"], "need --model"),
     ],
 )

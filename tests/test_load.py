@@ -74,3 +74,11 @@ def test_loading_says_nothing(tiny_pipeline_dir, caplog):
         for logger in loggers:
             logger.removeHandler(caplog.handler)
     assert not caplog.messages
+
+
+def test_the_classes_that_a_model_has_learned_are_known(tiny_pipeline_dir, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_pipeline_dir, folder)
+    assert "caption_banks" not in load.load_pipeline(str(folder), "cpu")[1]
+    (folder / "training.json").write_text('{"caption_banks": ["bloodmnist", "pathmnist"]}')
+    assert load.load_pipeline(str(folder), "cpu")[1]["caption_banks"] == "bloodmnist, pathmnist"

@@ -36,6 +36,10 @@ def test_snr_weights_by_hand():
     torch.testing.assert_close(snr_weights(alphas_cumprod, 5.0, floor=0.0), expected)
     torch.testing.assert_close(snr_weights(alphas_cumprod, 5.0), expected.clamp(min=0.1))
     torch.testing.assert_close(snr_weights(alphas_cumprod, 1.0, floor=0.0)[1], torch.tensor(0.2))  # 1 / (4 + 1)
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    torch.testing.assert_close(snr_weights(alphas_cumprod, 5.0, "sample", floor=0.0), snr.clamp(max=5))
+    noise = snr_weights(alphas_cumprod[:-1], 5.0, "epsilon", floor=0.0)
+    torch.testing.assert_close(noise, (5 / snr[:-1]).clamp(max=1))
     assert snr_weights(alphas_cumprod, 0).tolist() == [1.0] * 5
 
 

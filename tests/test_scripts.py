@@ -126,6 +126,7 @@ def test_pipeline_of_a_training_draws_in_a_new_process(blood_npz, text_encoder, 
     [
         (["--dataset_name", "bloodmist"], "bloodmnist"),
         (["--unet_config", "{"], "unet_config must be JSON"),
+        (["--unet_config", '{"width": 3}'], "unet_config must be a JSON object of sample_size, in_channels"),
         (["--caption_dropout", "1.5"], "caption_dropout"),
         (["--learning_rat", "1"], "--learning_rat"),
     ],

@@ -174,6 +174,21 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
     assert [json.loads(line)["step"] for line in (tmp_path / "loss.jsonl").open()] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_resumed_run_may_go_on_with_another_learning_rate(tmp_path):
+    _train(_config(tmp_path, max_train_steps=4, learning_rate=0.1, use_ema=False))
+    seen = []
+    config = _config(tmp_path, max_train_steps=6, learning_rate=0.01, resume_from_checkpoint="latest", use_ema=False)
+    _train(config, hooks=[lambda step, metrics: seen.append(metrics["lr"])])
+    expected = make_lr_scheduler(make_optimizer([nn.Parameter(torch.ones(1))], config), config).lr_lambdas[0]
+    assert seen == pytest.approx([0.01 * expected(4), 0.01 * expected(5)])
+
+
+def test_what_accelerate_launch_asks_for_is_not_dropped(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match="give --mixed_precision bf16 to the script too"):
+        make_accelerator(_config(tmp_path))
+
+
 def test_average_of_the_weights_by_hand(tmp_path):
     """At step n the decay is 0 for n = 1, else n / (9 + n), at most `ema_decay`."""
     expected = None

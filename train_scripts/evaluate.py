@@ -35,7 +35,7 @@ class EvaluateConfig:
     output: str = field(metadata={"help": "JSON file for the results; the Markdown table goes beside it"})
     caption_bank: str = _flag("", "bank of a set that has none of its own: name, or YAML file")
     model: str = _flag("", "folder or Hub id of the pipeline to measure")
-    images: str = _flag("", "instead of a model: npz with images and labels, or a labelled image folder")
+    images: str = _flag("", "instead of a model: npz with train_images and train_labels, or a labelled image folder")
     num_images: int = _flag(1024, "images to generate, as many of every class")
     guidance_scale: list[float] = field(
         default_factory=list, metadata={"help": "one or more values, each measured; default is the pipeline's"}

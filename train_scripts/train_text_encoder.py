@@ -33,7 +33,7 @@ from transformers import (
 from visbio_diffusers.captions import load_bank
 from visbio_diffusers.checkpoints import save_folder
 from visbio_diffusers.config import TrainConfig, parse, run
-from visbio_diffusers.training import fit, make_accelerator, make_lr_scheduler, make_optimizer
+from visbio_diffusers.training import ema_hook, fit, make_accelerator, make_ema, make_lr_scheduler, make_optimizer
 
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,12 @@ class TextEncoderConfig(TrainConfig):
     distraction: float = field(default=0.3, metadata={"help": "share of captions with foreign words before or behind"})
     pretrained_model_name_or_path: str = field(default="", metadata={"help": "encoder and vocabulary to start from"})
 
+    def __post_init__(self) -> None:
+        """Check the settings of this script too."""
+        super().__post_init__()
+        if self.dataloader_num_workers:
+            raise ValueError("dataloader_num_workers must be 0: texts are prepared in the training process")
+
 
 PRESETS = {
     "tiny": dict(
@@ -80,7 +86,10 @@ def read_corpus(path: str) -> list[str]:
     if not file.is_file():
         raise FileNotFoundError(f"no corpus file {path}")
     if file.suffix == ".jsonl":
-        rows = [json.loads(line) for line in file.open(encoding="utf-8")]
+        try:
+            rows = [json.loads(line) for line in file.open(encoding="utf-8")]
+        except ValueError as error:
+            raise ValueError(f"{path} holds a line that is no JSON ({error}): mend or remove it") from error
         texts = [row.get("abstract") or row.get("text") or "" for row in rows]
     elif file.suffix == ".csv":
         texts = [row.get("caption") or row.get("text") or "" for row in csv.DictReader(file.open(encoding="utf-8"))]
@@ -122,8 +131,10 @@ def distract(caption: str, corpus: list[str], rng: np.random.Generator) -> str:
     return f"{foreign} {caption}" if rng.random() < 0.5 else f"{caption} {foreign}"
 
 
-def text_stream(captions: list[str], labels: list[int], corpus: list[str], tokenizer, config: TextEncoderConfig):
-    """Return a stream of masked batches; batch `index` depends on (seed, index) alone."""
+def text_stream(
+    captions: list[str], labels: list[int], corpus: list[str], tokenizer, config: TextEncoderConfig, rank: int
+):
+    """Return a stream of masked batches; batch `index` depends on (seed, index, rank) alone."""
     collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=config.mlm_probability)
     body = config.max_length - 2
     chunks = []
@@ -132,7 +143,7 @@ def text_stream(captions: list[str], labels: list[int], corpus: list[str], token
             chunks.append([tokenizer.cls_token_id, *ids[start : start + body], tokenizer.sep_token_id])
 
     def batch(index: int) -> dict:
-        rng = np.random.default_rng([config.seed, index])
+        rng = np.random.default_rng([config.seed, index, rank] if rank else [config.seed, index])
         if chunks and rng.random() >= config.caption_share:
             rows = rng.integers(len(chunks), size=config.train_batch_size)
             return dict(collate([{"input_ids": chunks[row]} for row in rows]))
@@ -170,6 +181,8 @@ def caption_loss(model, batch, class_weight):
     loss = F.cross_entropy(logits, batch["labels"][masked])
     if "class_labels" in batch:
         loss = loss + class_weight * F.cross_entropy(class_logits, batch["class_labels"])
+    else:
+        loss = loss + 0 * class_logits.sum()  # DDP wants a gradient, if none but zero, of every parameter
     return loss, {}
 
 
@@ -198,14 +211,22 @@ def main(config: TextEncoderConfig) -> int:
     captions, labels = training_captions(config)
     bert, tokenizer = load_models(config, captions + corpus)
     model = CaptionEncoder(bert, max(labels) + 1)
+    if config.gradient_checkpointing:
+        bert.gradient_checkpointing_enable()
+    if config.compile:
+        bert.compile()
     logger.info(f"{len(captions)} captions, {len(corpus)} texts, {bert.bert.num_parameters() / 1e6:.2f} M parameters")
     optimizer = make_optimizer(model.parameters(), config)
     lr_scheduler = make_lr_scheduler(optimizer, config)
     model, optimizer = accelerator.prepare(model, optimizer)
-    stream = text_stream(captions, labels, corpus, tokenizer, config)
+    ema = make_ema(accelerator, model, config) if config.use_ema else None
+    stream = text_stream(captions, labels, corpus, tokenizer, config, accelerator.process_index)
     loss_fn = partial(caption_loss, class_weight=config.class_weight)
-    result = fit(accelerator, model, optimizer, lr_scheduler, stream, loss_fn, config)
+    hooks = [ema_hook(ema, model)] if ema else []
+    result = fit(accelerator, model, optimizer, lr_scheduler, stream, loss_fn, config, hooks)
     if accelerator.is_main_process and not result.signum:
+        if ema:
+            ema.copy_to(model.parameters())
         trained = accelerator.unwrap_model(model).mlm
         encoder = BertModel(trained.config)  # with a pooler, which plain `BertModel.from_pretrained` expects
         encoder.load_state_dict(trained.bert.state_dict(), strict=False)

@@ -1,10 +1,11 @@
 """Train the text-to-image UNet on labelled or captioned images.
 
 accelerate launch train_scripts/train_text_to_image.py --preset blood-28 --dataset_name bloodmnist \
-    --text_encoder model_cards/visbio-blood-28 --output_dir runs/blood-28
+    --output_dir runs/blood-28
 The folder OUTPUT_DIR/pipeline loads with `VisBioPipeline.from_pretrained`; --resume_from_checkpoint latest resumes.
 """
 
+import inspect
 import json
 import logging
 from collections.abc import Iterator
@@ -17,12 +18,13 @@ import torch
 from diffusers import DDIMScheduler
 from transformers import AutoModel, AutoTokenizer
 
-from visbio_diffusers import EmbeddingCache, VisBioPipeline, VisBioUNet
+from visbio_diffusers import EmbeddingCache, VisBioPipeline, VisBioUNet, default_model
 from visbio_diffusers.captions import load_bank
 from visbio_diffusers.checkpoints import save_folder
 from visbio_diffusers.config import TrainConfig, parse, run
 from visbio_diffusers.data import ImageDataset, caption_pools, load_image_dataset, training_batches
 from visbio_diffusers.evaluation import environment, write_results
+from visbio_diffusers.load import DEFAULT_MODEL
 from visbio_diffusers.losses import diffusion_loss, snr_weights
 from visbio_diffusers.training import ema_hook, fit, make_accelerator, make_ema, make_lr_scheduler, make_optimizer
 from visbio_diffusers.validation import validation_hook
@@ -38,9 +40,10 @@ class TextToImageConfig(TrainConfig):
     """Train the text-to-image UNet on labelled or captioned images."""
 
     dataset_name: list[str] = field(
-        default_factory=lambda: ["bloodmnist"],
+        default_factory=list,
         metadata={"help": "MedMNIST flags, .npz, image folders, .parquet or Hub sets; several are mixed"},
     )
+    train_data_dir: str = field(default="", metadata={"help": "an image folder, as one more (or the only) data set"})
     dataset_weights: list[float] = field(default_factory=list, metadata={"help": "share of each set; default by size"})
     image_column: str = field(default="image", metadata={"help": "column of the images"})
     caption_column: str = field(default="text", metadata={"help": "column of the captions"})
@@ -53,10 +56,14 @@ class TextToImageConfig(TrainConfig):
         default="none", metadata={"help": "dihedral adds turns by 90 degrees: for images without an upright position"}
     )
     text_encoder: str = field(
-        default="model_cards/visbio-blood-28",
-        metadata={"help": "folder or Hub id of a BERT with its tokenizer, e.g. dmis-lab/biobert-v1.1, or a pipeline"},
+        default=DEFAULT_MODEL,
+        metadata={
+            "help": "folder or Hub id of a BERT with its tokenizer, e.g. dmis-lab/biobert-v1.1; or a pipeline's folder"
+        },
     )
-    pretrained_model_name_or_path: str = field(default="", metadata={"help": "pipeline to start from"})
+    pretrained_model_name_or_path: str = field(
+        default="", metadata={"help": "pipeline to start from, text encoder included"}
+    )
     unet_config: str = field(default="{}", metadata={"help": "arguments of VisBioUNet as JSON"})
     prediction_type: Literal["v_prediction", "epsilon", "sample"] = field(
         default="v_prediction", metadata={"help": "what the UNet predicts"}
@@ -75,10 +82,20 @@ class TextToImageConfig(TrainConfig):
         super().__post_init__()
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout must be in [0, 1), got {self.caption_dropout}")
+        if not self.dataset_name and not self.train_data_dir:
+            raise ValueError("nothing to train on: give --dataset_name, e.g. bloodmnist, or --train_data_dir")
         try:
-            json.loads(self.unet_config)
+            shape = json.loads(self.unet_config)
         except ValueError as error:
             raise ValueError(f"unet_config must be JSON, got {self.unet_config!r}") from error
+        known = inspect.signature(VisBioUNet.__init__).parameters
+        if not isinstance(shape, dict) or not set(shape) <= set(known):
+            raise ValueError(f"unet_config must be a JSON object of {', '.join(known)[6:]}, got {self.unet_config}")
+
+    @property
+    def datasets(self) -> list[str]:
+        """Names of all data sets."""
+        return [*self.dataset_name, *filter(None, [self.train_data_dir])]
 
 
 # 7.6 M parameters; the result of `blood-28` is in model_cards/visbio-blood-28/README.md. The two GPU presets train the
@@ -99,12 +116,12 @@ PRESETS = {
 }  # fmt: skip
 
 
-def make_scheduler(config: TextToImageConfig) -> DDIMScheduler:
-    """Return the sampler that is saved with the model; its noise schedule is that of the training."""
+def make_scheduler(prediction_type: str) -> DDIMScheduler:
+    """Return the noise schedule of the training, which is saved with the model as its sampler."""
     return DDIMScheduler(
         beta_schedule="squaredcos_cap_v2",
-        prediction_type=config.prediction_type,
-        rescale_betas_zero_snr=True,
+        prediction_type=prediction_type,
+        rescale_betas_zero_snr=prediction_type != "epsilon",  # where all is noise, the noise tells nothing
         timestep_spacing="trailing",
     )
 
@@ -122,25 +139,39 @@ def load_datasets(config: TextToImageConfig, channels: int) -> list[ImageDataset
             caption_bank=config.caption_bank or None,
             max_samples=config.max_train_samples or None,
         )
-        for name in config.dataset_name
+        for name in config.datasets
     ]
 
 
 def load_models(config: TextToImageConfig):
-    """Return UNet, text encoder and tokenizer: of a pipeline, or a new UNet for the text encoder."""
+    """Return UNet, text encoder, tokenizer and scheduler: of a pipeline, or a new UNet for the text encoder."""
+    given = json.loads(config.unet_config)
     if config.pretrained_model_name_or_path:
-        pipe = VisBioPipeline.from_pretrained(config.pretrained_model_name_or_path)
-        return pipe.unet.float(), pipe.text_encoder.float(), pipe.tokenizer
-    of_pipeline = Path(config.text_encoder, "model_index.json").exists()
+        return load_pretrained(config, given)
+    source = default_model() if config.text_encoder == DEFAULT_MODEL else Path(config.text_encoder)
+    of_pipeline = (source / "model_index.json").exists()
     encoder_part, tokenizer_part = ("text_encoder", "tokenizer") if of_pipeline else ("", "")
-    text_encoder = AutoModel.from_pretrained(config.text_encoder, subfolder=encoder_part, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(config.text_encoder, subfolder=tokenizer_part)
+    text_encoder = AutoModel.from_pretrained(source, subfolder=encoder_part, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(source, subfolder=tokenizer_part)
     if len(tokenizer) < MIN_VOCABULARY:
         raise ValueError(
             f"{config.text_encoder} has no vocabulary: name a folder that holds the tokenizer's files too"
         )
     shape = {"sample_size": config.resolution, "cross_attention_dim": text_encoder.config.hidden_size}
-    return VisBioUNet(**{**shape, **json.loads(config.unet_config)}), text_encoder, tokenizer
+    shape["out_channels"] = given.get("in_channels", 3)
+    return VisBioUNet(**{**shape, **given}), text_encoder, tokenizer, make_scheduler(config.prediction_type)
+
+
+def load_pretrained(config: TextToImageConfig, given: dict):
+    """Return the parts of a pipeline to go on from; refuse settings that contradict it."""
+    pipe = VisBioPipeline.from_pretrained(config.pretrained_model_name_or_path)
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    found = {**pipe.unet.config, "prediction_type": scheduler.config.prediction_type}
+    for name, value in {**given, "prediction_type": config.prediction_type}.items():
+        if found[name] != (tuple(value) if isinstance(found[name], tuple) else value):
+            raise ValueError(f"{config.pretrained_model_name_or_path} has {name} {found[name]}, not {value}")
+    pipe.unet.register_to_config(sample_size=config.resolution)
+    return pipe.unet.float(), pipe.text_encoder.float(), pipe.tokenizer, scheduler
 
 
 def make_stream(datasets, caption_fn, embed: EmbeddingCache, accelerator, config: TextToImageConfig):
@@ -164,18 +195,21 @@ def make_stream(datasets, caption_fn, embed: EmbeddingCache, accelerator, config
 def main(config: TextToImageConfig) -> int:
     """Train, and write the pipeline; return the number of the signal that interrupted it, or 0."""
     accelerator = make_accelerator(config)
-    unet, text_encoder, tokenizer = load_models(config)
+    unet, text_encoder, tokenizer, scheduler = load_models(config)
     datasets = load_datasets(config, unet.config.in_channels)
     caption_fn, captions = caption_pools(datasets, config.captions_per_class, config.seed)
+    prompts = config.validation_prompts or default_prompts(datasets)
+    text_encoder.to(accelerator.device)
     with accelerator.main_process_first():
-        embed = EmbeddingCache(["", *captions], text_encoder, tokenizer, Path(config.output_dir, "cache"))
+        texts = list(dict.fromkeys(["", *captions, *prompts]))
+        embed = EmbeddingCache(texts, text_encoder, tokenizer, Path(config.output_dir, "cache"))
+    text_encoder.to("cpu")
     images = sum(len(dataset) for dataset in datasets)
     logger.info(f"{images} images, {len(captions)} captions, UNet of {unet.num_parameters() / 1e6:.2f} M parameters")
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
 
-    scheduler = make_scheduler(config)
-    weights = snr_weights(scheduler.alphas_cumprod, config.snr_gamma)
+    weights = snr_weights(scheduler.alphas_cumprod, config.snr_gamma, scheduler.config.prediction_type)
     optimizer = make_optimizer(unet.parameters(), config)
     lr_scheduler = make_lr_scheduler(optimizer, config)
     if config.compile:
@@ -188,16 +222,13 @@ def main(config: TextToImageConfig) -> int:
             states, mask = batch["encoder_hidden_states"], batch["mask"]
             return diffusion_loss(model, scheduler, batch["pixel_values"], states, mask, weights), {}
 
-    def pipeline() -> VisBioPipeline:
+    def pipeline(text_encoder=None, tokenizer=None) -> VisBioPipeline:
         bare = accelerator.unwrap_model(model, keep_torch_compile=False)
-        return VisBioPipeline(
-            unet=bare, scheduler=make_scheduler(config), text_encoder=text_encoder, tokenizer=tokenizer
-        )
+        own = DDIMScheduler.from_config(scheduler.config)  # its steps are set by whoever draws
+        return VisBioPipeline(unet=bare, scheduler=own, text_encoder=text_encoder, tokenizer=tokenizer)
 
-    prompts = config.validation_prompts or default_prompts(datasets)
-    folder = Path(config.output_dir, "validation")
-    every = config.validation_steps
-    hooks = [validation_hook(accelerator, pipeline, ema, prompts, config.num_validation_images, every, folder)]
+    folder, every = Path(config.output_dir, "validation"), config.validation_steps
+    hooks = [validation_hook(accelerator, pipeline, embed, ema, prompts, config.num_validation_images, every, folder)]
     if ema:
         hooks.insert(0, ema_hook(ema, unet))
     stream = make_stream(datasets, caption_fn, embed, accelerator, config)
@@ -205,13 +236,14 @@ def main(config: TextToImageConfig) -> int:
     if accelerator.is_main_process and not result.signum:
         if ema:
             ema.copy_to(unet.parameters())
-        save_pipeline(pipeline(), config)
+        banks = sorted({load_bank(dataset.bank).name for dataset in datasets if dataset.bank})
+        save_pipeline(pipeline(text_encoder, tokenizer), config, banks)
     accelerator.end_training()
     return result.signum
 
 
-def save_pipeline(pipe: VisBioPipeline, config: TextToImageConfig) -> None:
-    """Write the pipeline to OUTPUT_DIR/pipeline, whole or not at all."""
+def save_pipeline(pipe: VisBioPipeline, config: TextToImageConfig, banks: list[str]) -> None:
+    """Write the pipeline to OUTPUT_DIR/pipeline, whole or not at all; `banks` are those whose classes it has seen."""
     if config.save_dtype == "fp16":
         pipe.unet.half()
         pipe.text_encoder.half()
@@ -220,7 +252,8 @@ def save_pipeline(pipe: VisBioPipeline, config: TextToImageConfig) -> None:
         pipe.save_pretrained(folder)
         file = folder / "text_encoder" / "config.json"  # transformers would load it in fp16, unlike Diffusers the UNet
         file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": "float32"}, indent=2) + "\n")
-        write_results({**environment(), "config": asdict(config)}, folder / "training.json")
+        record = {**environment(), "config": asdict(config), "caption_banks": banks}
+        write_results(record, folder / "training.json")
 
     save_folder(Path(config.output_dir, "pipeline"), write)
 

@@ -67,8 +67,9 @@ def training_text(folder: Path) -> str:
     training = json.loads((folder / "training.json").read_text())
     versions = ", ".join(f"{name} {number}" for name, number in training["versions"].items())
     hardware = training["hardware"]["gpu"] or f"CPU, {training['hardware']['cpu']}"
-    commit = (training["git"] or {}).get("commit") or "none"
-    lines = [f"`{training['command']}`", f"Commit {commit[:12]}; {hardware}; {versions}."]
+    git = training["git"] or {}
+    commit = (git.get("commit") or "none")[:12] + (" with changes" if git.get("dirty") else "")
+    lines = [f"`{training['command']}`", f"Commit {commit}; {hardware}; {versions}."]
     notes = folder / "training_notes.md"
     return "\n\n".join(lines + ([notes.read_text().strip()] if notes.exists() else []))
 

@@ -57,8 +57,7 @@ def unwrap_weights(accelerator: Accelerator) -> None:
     """Save weights under the names of the bare model, so that a run may resume on another number of processes."""
 
     def save_state(models: list, weights: list, folder: str) -> None:
-        # `weights` is empty where FSDP or DeepSpeed save in their own way.
-        bare = [accelerator.unwrap_model(model, keep_torch_compile=False) for model in models[: len(weights)]]
+        bare = [accelerator.unwrap_model(model, keep_torch_compile=False) for model in models]
         weights[:] = [model.state_dict() for model in bare]
 
     def load_state(models: list, folder: str) -> None:

@@ -114,6 +114,12 @@ def _generate(args: argparse.Namespace) -> None:
     if args.dataset is not None:
         labelled = generate.LabelledSet(load_bank(args.dataset), args.per_class, args.seed, args.wording)
     pipe, provenance = load_pipeline(args.model, args.device, args.dtype)
+    known = provenance.get("caption_banks")
+    if labelled is not None and known is not None and labelled.bank.name not in known.split(", "):
+        raise ValueError(
+            f"the model {provenance['model']} has learned the classes of {known or 'no data set'}, not those of "
+            f"{labelled.bank.name}: name another --model"
+        )
     studio = generate.open_studio(
         pipe,
         provenance,

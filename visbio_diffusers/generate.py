@@ -162,7 +162,8 @@ def generate_npz(studio: Studio, labelled: LabelledSet, output: Path) -> None:
     """Draw a labelled set as [`generate_folder`] does, and pack it into an npz in MedMNIST's format.
 
     `train_images` is uint8 of shape `(n, height, width, 3)`, or `(n, height, width)` if grey; `train_labels` uint8
-    `(n, 1)`, or `(n, classes)` in multi-label sets. Parameters, prompts and seeds stand beside it in a .json. Until
+    `(n, 1)`, or `(n, classes)` in multi-label sets; `provenance` is a text, the parameters as JSON, which with
+    prompts and seeds stand beside it in a .json, too. Until
     it is complete, the images lie in a folder of its name with ".part".
 
     Raises:
@@ -184,7 +185,8 @@ def generate_npz(studio: Studio, labelled: LabelledSet, output: Path) -> None:
         with whole_file(sidecar) as temporary:
             temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
         with whole_file(output) as temporary:
-            np.savez_compressed(temporary, train_images=images, train_labels=labels)
+            provenance = np.array(json.dumps(parameters, ensure_ascii=False))
+            np.savez_compressed(temporary, train_images=images, train_labels=labels, provenance=provenance)
     if folder.exists():  # also after a run that was killed just before this line
         shutil.rmtree(folder)
 

@@ -46,8 +46,9 @@ def load_pipeline(
         dtype (`str`): "float32", "float16" or "bfloat16".
 
     Returns:
-        The pipeline, and a dict with the name of the `model` and `model_sha256`, the hash of its UNet's weights file
-        (or files, one after the other).
+        The pipeline, and a dict with the name of the `model`, `model_sha256`, the hash of its UNet's weights file
+        (or files, one after the other), and, if its training has recorded them, `caption_banks`, the names of those
+        whose classes it has seen.
 
     Raises:
         FileNotFoundError: if there is no such folder.
@@ -63,7 +64,7 @@ def load_pipeline(
             pipe = _load(folder, getattr(torch, dtype))
     except (OSError, TypeError, ValueError, SafetensorError) as error:  # TypeError: of a tokenizer without its file
         raise ValueError(f"cannot load the model {folder} ({_line(error)}): get a whole copy of it") from error
-    return pipe.to(device), {"model": name, "model_sha256": digest}
+    return pipe.to(device), {"model": name, "model_sha256": digest, **_caption_banks(folder)}
 
 
 def _find(model: str | None) -> tuple[Path, str]:
@@ -98,6 +99,12 @@ def _load(folder: Path, dtype: torch.dtype) -> VisBioPipeline:
         raise ValueError("its tokenizer has no words")
     pipe.text_encoder.to(dtype)
     return pipe
+
+
+def _caption_banks(folder: Path) -> dict[str, str]:
+    record = folder / "training.json"
+    banks = json.loads(record.read_text(encoding="utf-8")).get("caption_banks") if record.exists() else None
+    return {} if banks is None else {"caption_banks": ", ".join(banks)}
 
 
 def _hash_weights(folder: Path) -> str:

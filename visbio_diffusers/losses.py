@@ -14,15 +14,17 @@ def stratified_timesteps(batch_size, num_train_timesteps, device=None):
     return timesteps[torch.randperm(batch_size, device=device)]
 
 
-def snr_weights(alphas_cumprod, snr_gamma, floor=0.1):
-    """Return the weight of the v-prediction loss at each timestep: min-SNR with a floor.
+def snr_weights(alphas_cumprod, snr_gamma, prediction_type="v_prediction", floor=0.1):
+    """Return the weight of the loss at each timestep: min-SNR with a floor.
 
-    min(SNR, gamma) / (SNR + 1) falls to 0 at the terminal step of a zero-terminal-SNR schedule, which would leave
-    the first sampling step untrained; the floor keeps it.
+    For v-prediction, min(SNR, gamma) / (SNR + 1) falls to 0 at the terminal step of a zero-terminal-SNR schedule,
+    which would leave the first sampling step untrained; the floor keeps it. For the clean image the weight is
+    min(SNR, gamma), for the noise min(SNR, gamma) / SNR.
 
     Args:
         alphas_cumprod (`torch.Tensor` of shape `(num_train_timesteps,)`): of the scheduler.
         snr_gamma (`float`): 0 gives every timestep weight 1.
+        prediction_type (`str`): of the scheduler: v_prediction, epsilon or sample.
         floor (`float`): smallest weight.
 
     Returns:
@@ -32,8 +34,9 @@ def snr_weights(alphas_cumprod, snr_gamma, floor=0.1):
     """
     if snr_gamma == 0:
         return torch.ones_like(alphas_cumprod)
-    # SNR + 1 = 1 / (1 - alpha), so min(SNR, gamma) / (SNR + 1) = min(alpha, gamma (1 - alpha))
-    return torch.minimum(alphas_cumprod, snr_gamma * (1 - alphas_cumprod)).clamp(min=floor)
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    divisor = {"v_prediction": snr + 1, "epsilon": snr, "sample": torch.ones_like(snr)}[prediction_type]
+    return (snr.clamp(max=snr_gamma) / divisor).clamp(min=floor)
 
 
 def diffusion_loss(model, scheduler, pixel_values, encoder_hidden_states, encoder_attention_mask, weights=None):
@@ -58,5 +61,7 @@ def diffusion_loss(model, scheduler, pixel_values, encoder_hidden_states, encode
     else:
         target = noise if scheduler.config.prediction_type == "epsilon" else pixel_values
     prediction = model(sample, timesteps, encoder_hidden_states, encoder_attention_mask, return_dict=False)[0]
+    if prediction.shape != target.shape:
+        raise ValueError(f"the model predicts {tuple(prediction.shape)}, not the images' {tuple(target.shape)}")
     loss = (prediction.float() - target).square().flatten(1).mean(dim=1)  # (batch,)
     return loss.mean() if weights is None else (loss * weights.to(loss)[timesteps]).mean()

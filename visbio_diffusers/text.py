@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
 
 from visbio_diffusers.files import whole_file
 
@@ -92,7 +93,7 @@ class EmbeddingCache:
     def _write(self, captions, text_encoder, tokenizer, batch_size):
         order = sorted(range(len(captions)), key=lambda row: len(captions[row]))  # neighbours of like length
         states = [torch.empty(0)] * len(captions)
-        for start in range(0, len(order), batch_size):
+        for start in tqdm(range(0, len(order), batch_size), desc="encoding captions", unit="batch"):
             rows = order[start : start + batch_size]
             hidden_states = encode_text(text_encoder, tokenizer, [captions[row] for row in rows])
             for row, state, mask in zip(rows, hidden_states, text_mask(hidden_states)):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import signal
 import time
@@ -19,7 +20,7 @@ from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, b
 from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
 from visbio_diffusers import checkpoints
@@ -47,8 +48,15 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """Return an Accelerator for `config` after seeding all random generators; `fit` starts its tracker.
 
     Raises:
-        ValueError: if the tracker of `report_to` is unknown or not installed.
+        ValueError: if the tracker of `report_to` is unknown or not installed, `accelerate launch` asks for another
+            precision, or for FSDP or DeepSpeed.
     """
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", config.mixed_precision):
+        raise ValueError(
+            f"accelerate is set to {asked}, this training to {config.mixed_precision}: give "
+            f"--mixed_precision {asked} to the script too, or --mixed_precision no to accelerate launch"
+        )
     tracked = config.report_to != "none"
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
@@ -59,6 +67,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         log_with=config.report_to if tracked else None,
         project_config=ProjectConfiguration(config.output_dir, logging_dir=str(Path(config.output_dir, "logs"))),
     )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise ValueError(f"{accelerator.distributed_type.value} is not supported: launch with --multi_gpu (DDP)")
     if tracked and not accelerator.log_with:
         raise ValueError(f"report_to={config.report_to}: not installed; pip install it, or use --report_to none")
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
@@ -84,7 +94,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> A
     return AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=True)
 
 
-def make_lr_scheduler(optimizer: Optimizer, config: TrainConfig) -> LRScheduler:
+def make_lr_scheduler(optimizer: Optimizer, config: TrainConfig) -> LambdaLR:
     """Return the learning-rate schedule of `config`, counted in optimizer steps.
 
     Do not give it to `Accelerator.prepare`, which would step it once per process; `fit` steps and checkpoints it.
@@ -97,12 +107,7 @@ def make_ema(accelerator: Accelerator, model: nn.Module, config: TrainConfig) ->
     """Return the moving average of the weights of a prepared `model`, kept in checkpoints; update it by `ema_hook`.
 
     Its decay at step n is `min(ema_decay, n / (9 + n))`, and 0 at step 1.
-
-    Raises:
-        ValueError: under FSDP or DeepSpeed, where no process holds all weights.
     """
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise ValueError(f"no weight averaging under {accelerator.distributed_type.value}: use --no_use_ema")
     from diffusers.training_utils import EMAModel  # imports every model of Diffusers: seconds
 
     ema = EMAModel(model.parameters(), decay=config.ema_decay, foreach=True)
@@ -119,7 +124,7 @@ def fit(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: Optimizer,
-    lr_scheduler: LRScheduler,
+    lr_scheduler: LambdaLR,
     stream: Callable[[int], Iterator[Any]],
     loss_fn: LossFunction,
     config: TrainConfig,
@@ -146,7 +151,9 @@ def fit(
     """
     checkpoints.register(accelerator, "lr_scheduler", lr_scheduler)
     checkpoints.unwrap_weights(accelerator)
+    base_lrs = list(lr_scheduler.base_lrs)
     step = _begin(accelerator, config)
+    _set_learning_rates(lr_scheduler, base_lrs)
     batches = stream(step * config.gradient_accumulation_steps)
     progress = tqdm(total=config.max_train_steps, initial=step, disable=not accelerator.is_main_process)
     model.train()
@@ -177,6 +184,15 @@ def fit(
     if signum:
         logger.warning(f"{signal.strsignal(signum)}: step {step} is saved; go on with --resume_from_checkpoint latest")
     return FitResult(step, signum)
+
+
+def _set_learning_rates(lr_scheduler: LambdaLR, base_lrs: list[float]) -> None:
+    """Let the settings say the learning rates, and not the checkpoint: a resumed run may go on with a lower one."""
+    groups, lambdas = lr_scheduler.optimizer.param_groups, lr_scheduler.lr_lambdas
+    lr_scheduler.base_lrs = base_lrs
+    for group, base_lr, factor in zip(groups, base_lrs, lambdas, strict=True):
+        group["initial_lr"], group["lr"] = base_lr, base_lr * factor(lr_scheduler.last_epoch)
+    lr_scheduler._last_lr = [group["lr"] for group in groups]
 
 
 def _optimizer_step(

@@ -32,7 +32,14 @@ def averaged_weights(model, ema):
 
 
 def validation_hook(
-    accelerator, pipeline: Callable[[], Any], ema, prompts: Sequence[str], num_images: int, every: int, folder: Path
+    accelerator,
+    pipeline: Callable[[], Any],
+    embed: Callable[[Sequence[str]], tuple[torch.Tensor, torch.Tensor]],
+    ema,
+    prompts: Sequence[str],
+    num_images: int,
+    every: int,
+    folder: Path,
 ) -> Callable[[int, dict], None]:
     """Return a hook for `fit` that every so many steps draws the prompts and shows them.
 
@@ -40,7 +47,9 @@ def validation_hook(
     generators are not touched.
 
     Args:
-        pipeline (`Callable`): returns a pipeline around the bare model that is being trained.
+        pipeline (`Callable`): returns a pipeline around the bare model that is being trained; it needs no text
+            encoder.
+        embed (`Callable`): an `EmbeddingCache` that holds `prompts` and the empty text.
         ema (`EMAModel`, *optional*): its weights are used.
         prompts (`Sequence[str]`): what to draw.
         num_images (`int`): images of each prompt, always from the same seeds.
@@ -57,7 +66,8 @@ def validation_hook(
         training = pipe.unet.training
         pipe.unet.eval()
         with averaged_weights(pipe.unet, ema):
-            images = pipe(captions, generator=generators).images
+            embeds = {"prompt_embeds": embed(captions)[0], "negative_prompt_embeds": embed([""] * len(captions))[0]}
+            images = pipe(**embeds, generator=generators).images
         pipe.unet.train(training)
         save_png(contact_sheet(images, captions, columns=2 * num_images), folder / f"step-{step:07d}.png")
         for tracker in accelerator.trackers:

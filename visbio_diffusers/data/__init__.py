@@ -11,7 +11,7 @@ from visbio_diffusers.captions import load_bank
 from visbio_diffusers.data.dataset import ImageDataset, fit_image
 from visbio_diffusers.data.folder import CAPTION_COLUMN, IMAGE_COLUMN, LABEL_COLUMN, load_folder
 from visbio_diffusers.data.medmnist import MEDMNIST, list_datasets, load_medmnist, parse_flag
-from visbio_diffusers.data.mixture import MixedSampler, caption_function, training_batches
+from visbio_diffusers.data.mixture import MixedSampler, training_batches
 from visbio_diffusers.data.pools import caption_pools
 from visbio_diffusers.data.preview import preview
 
@@ -19,7 +19,6 @@ from visbio_diffusers.data.preview import preview
 __all__ = [
     "ImageDataset",
     "MixedSampler",
-    "caption_function",
     "caption_pools",
     "fit_image",
     "list_datasets",

@@ -5,14 +5,12 @@ from __future__ import annotations
 import itertools
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from visbio_diffusers.captions import CaptionBank, load_bank
 from visbio_diffusers.data.dataset import ImageDataset
 
 
@@ -96,37 +94,6 @@ def _block_counts(weights: list[float], num_sets: int) -> list[int]:
     return counts.tolist()
 
 
-def caption_function(datasets: Sequence[ImageDataset]) -> Callable[[int, dict[str, Any], np.random.Generator], str]:
-    """Return the usual `caption_fn` of `training_batches`: the bank's words, else the item's caption, else its class.
-
-    Raises:
-        ValueError: if a set has neither a bank nor captions nor class names, or a subtype that its bank does not know.
-    """
-    banks = [None if dataset.bank is None else load_bank(dataset.bank) for dataset in datasets]
-    for dataset, bank in zip(datasets, banks, strict=True):
-        if bank is None and dataset.captions is None and dataset.class_names is None:
-            raise ValueError(f"{dataset.name} has no captions: choose with --caption_column, or give a --caption_bank")
-        if bank is not None and dataset.subtypes is not None:
-            for label, subtype in set(zip(dataset.labels.tolist(), dataset.subtypes, strict=True)):
-                bank.caption(label, np.random.default_rng(0), subtype=subtype)
-    return partial(_caption, banks, [dataset.class_names for dataset in datasets])
-
-
-def _caption(
-    banks: list[CaptionBank | None],
-    class_names: list[tuple[str, ...] | None],
-    dataset_index: int,
-    item: dict[str, Any],
-    rng: np.random.Generator,
-) -> str:
-    bank = banks[dataset_index]
-    if bank is not None:
-        return bank.caption(item["label"], rng, subtype=item["subtype"])
-    if item["caption"] is not None:
-        return item["caption"]
-    return f"a microscopy image of {class_names[dataset_index][item['label']]}"
-
-
 class _Batches(torch.utils.data.Dataset):
     """Micro-batches of one process by number; all that happens to a sample depends on (seed, position) alone."""
 
@@ -203,7 +170,7 @@ def training_batches(
     Args:
         datasets (`Sequence[ImageDataset]`): images of one size.
         weights (`Sequence[float]`, *optional*): share of each set; default is by length.
-        caption_fn (`Callable`): `(index of the set, item, numpy generator) -> str`, see `caption_function`.
+        caption_fn (`Callable`): `(index of the set, item, numpy generator) -> str`, see `caption_pools`.
         batch_size (`int`): samples per process and micro-batch.
         seed (`int`): of order, flips and captions.
         start (`int`): number of micro-batches that each process has already had.

@@ -38,9 +38,7 @@ def read_npz_split(path: str | Path, split: str, cache: Path) -> tuple[np.ndarra
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no file {path}: check the path")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is not a whole npz file: it is cut short or of another format, get it again")
-    with np.load(path, allow_pickle=False) as archive:
+    with _open(path) as archive:
         keys = (f"{split}_images", f"{split}_labels")
         if not set(keys) <= set(archive.files):
             stems = {key.rpartition("_")[0] for key in archive.files}
@@ -52,6 +50,15 @@ def read_npz_split(path: str | Path, split: str, cache: Path) -> tuple[np.ndarra
     if labels.ndim == 2 and labels.shape[1] > 1:
         return images, labels.astype(np.uint8)
     return images, labels.reshape(len(labels)).astype(np.int64)
+
+
+def _open(path: Path) -> np.lib.npyio.NpzFile:
+    try:
+        zipfile.ZipFile(path).close()  # numpy would try to read anything else as a pickle
+        return np.load(path, allow_pickle=False)
+    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+        message = f"{path} is not a whole npz file: it is cut short or of another format, get it again"
+        raise ValueError(message) from error
 
 
 def _read_array(archive: np.lib.npyio.NpzFile, path: Path, key: str, cache: Path) -> np.ndarray:

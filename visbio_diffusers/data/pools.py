@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,13 +46,13 @@ def caption_pools(datasets: Sequence[ImageDataset], size: int, seed: int) -> tup
     for pool in pools.values():
         captions.update(dict.fromkeys(pool))
 
-    def caption(dataset_index: int, item: dict[str, Any], rng: np.random.Generator) -> str:
-        if datasets[dataset_index].bank is None and item["caption"] is not None:
-            return item["caption"]
-        pool = pools[dataset_index, _key(item["label"]), item["subtype"]]
-        return pool[int(rng.integers(len(pool)))]
+    return partial(_caption, pools), list(captions)
 
-    return caption, list(captions)
+
+def _caption(pools: dict[Any, list[str]], dataset_index: int, item: dict[str, Any], rng: np.random.Generator) -> str:
+    """Return a caption of the pool of an item, or else its own; a function of the module, as worker processes need."""
+    pool = pools.get((dataset_index, _key(item["label"]), item["subtype"])) if item["label"] is not None else None
+    return item["caption"] if pool is None else pool[int(rng.integers(len(pool)))]
 
 
 def _key(label: Any) -> int | tuple[int, ...]:

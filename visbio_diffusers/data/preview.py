@@ -9,11 +9,12 @@ import numpy as np
 from PIL import Image
 
 from visbio_diffusers.data.dataset import ImageDataset
-from visbio_diffusers.data.mixture import caption_function
+from visbio_diffusers.data.pools import caption_pools
 from visbio_diffusers.grid import contact_sheet, save_png
 
 
 MEASURED = 1000  # images behind the figures
+CAPTIONS_PER_CLASS = 64
 
 
 def preview(dataset: ImageDataset, output_path: str | Path, num_images: int = 32, seed: int = 0) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def preview(dataset: ImageDataset, output_path: str | Path, num_images: int = 32
         raise ValueError(f"num_images={num_images}: show at least 1")
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(dataset))
-    caption_fn = caption_function([dataset])
+    caption_fn, _ = caption_pools([dataset], CAPTIONS_PER_CLASS, seed)
     items = [dataset[index] for index in order[:num_images]]
     images = [_to_pil(item["image"]) for item in items]
     save_png(contact_sheet(images, [caption_fn(0, item, rng) for item in items]), output_path)

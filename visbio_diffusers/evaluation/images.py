@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from visbio_diffusers.data import ImageDataset, load_image_dataset
+from visbio_diffusers.data.npz import read_npz_split
 from visbio_diffusers.files import whole_file
 
 
@@ -48,7 +49,7 @@ def as_split(dataset: ImageDataset) -> Split:
 
 
 def read_images(source: str | Path, class_names: tuple[str, ...], caption_bank: str | None = None) -> Split:
-    """Read generated images from an npz (`images`, `labels`) or from an image folder with labels.
+    """Read generated images from an npz (`train_images`, `train_labels`) or from an image folder with labels.
 
     Args:
         source (`str` or `Path`): labels of an npz are indices of `class_names`; those of a folder are names.
@@ -62,13 +63,10 @@ def read_images(source: str | Path, class_names: tuple[str, ...], caption_bank: 
         if dataset.class_names != class_names:
             raise ValueError(f"{source} has the classes {dataset.class_names}, the real images have {class_names}")
         return as_split(dataset)
-    with np.load(source, allow_pickle=False) as file:
-        if not {"images", "labels"} <= set(file):
-            raise ValueError(f"{source} must hold images and labels, it holds {', '.join(file)}")
-        images, labels = file["images"], file["labels"].reshape(-1).astype(np.int64)
+    images, labels = read_npz_split(source, "train", Path(source).parent)
     images = images[..., None] if images.ndim == 3 else images
-    if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(labels) or len(images) == 0:
-        raise ValueError(f"{source} must hold uint8 images (n, height, width[, channels]) and as many labels")
+    if labels.ndim != 1:
+        raise ValueError(f"{source} needs one class label per image to be evaluated")
     if labels.min() < 0 or labels.max() >= len(class_names):
         raise ValueError(f"{source} has labels outside 0 to {len(class_names) - 1}, the classes of the real images")
     return Split(images, labels)
@@ -119,4 +117,4 @@ def generate_images(
 def save_images(path: str | Path, generated: Split, prompts: list[str]) -> None:
     """Write images, labels and prompts to an npz that `read_images` reads, whole or not at all."""
     with whole_file(path) as temporary:
-        np.savez_compressed(temporary, images=generated.images, labels=generated.labels, prompts=np.array(prompts))
+        np.savez_compressed(temporary, train_images=generated.images, train_labels=generated.labels, prompts=prompts)

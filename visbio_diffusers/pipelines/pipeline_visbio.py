@@ -3,6 +3,7 @@
 import inspect
 import logging
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -145,11 +146,11 @@ class VisBioPipeline(DiffusionPipeline, VisBioLoraLoaderMixin):
         if self.text_encoder is None:
             raise ValueError("no text encoder is loaded: give `prompt_embeds` (and `negative_prompt_embeds` to guide)")
         limit = max_tokens(self.tokenizer, self.text_encoder)
+        kept = limit - self.tokenizer.num_special_tokens_to_add()
         for text in dict.fromkeys(prompts):
-            if len(text) < limit:  # a token has at least one character
+            if len(text) <= kept:  # a token has at least one character
                 continue
             ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            kept = limit - self.tokenizer.num_special_tokens_to_add()
             if len(ids) > kept:
                 logger.warning(
                     f"the text encoder takes {limit} tokens; this end of the prompt is cut off: "
@@ -165,8 +166,6 @@ class VisBioPipeline(DiffusionPipeline, VisBioLoraLoaderMixin):
         negative_prompt=None,
         prompt_embeds=None,
         negative_prompt_embeds=None,
-        num_images_per_prompt=1,
-        guidance_interval=(0.0, 1.0),
         callback_on_step_end_tensor_inputs=None,
     ):
         """Raise a ValueError with the way out for arguments of `__call__` that cannot work."""
@@ -182,25 +181,30 @@ class VisBioPipeline(DiffusionPipeline, VisBioLoraLoaderMixin):
         batch_size = batch_size if prompt_embeds is None else len(prompt_embeds)
         if isinstance(negative_prompt, list) and len(negative_prompt) != batch_size:
             raise ValueError(
-                f"`negative_prompt` has {len(negative_prompt)} entries for {batch_size} prompts: give one text for"
-                " all, or one for each"
+                f"{len(negative_prompt)} entries in `negative_prompt` for {batch_size} prompts: give one each"
             )
         self._check_embeds(prompt_embeds, negative_prompt_embeds, batch_size)
-        self._check_form(height, width, num_images_per_prompt, guidance_interval)
+        factor = self.unet.downsample_factor
+        if height < factor or width < factor or height % factor or width % factor:
+            raise ValueError(f"`height` and `width` must be multiples of {factor}, but are {height} and {width}")
         unknown = set(callback_on_step_end_tensor_inputs or ()) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` may hold {self._callback_tensor_inputs}, not {sorted(unknown)}"
             )
 
-    def _check_form(self, height, width, num_images_per_prompt, guidance_interval):
-        factor = self.unet.downsample_factor
-        if height < factor or width < factor or height % factor or width % factor:
-            raise ValueError(f"`height` and `width` must be multiples of {factor}, but are {height} and {width}")
+    def _check_form(self, height, width, num_images_per_prompt, guidance_scale, guidance_interval, output_type):
+        sizes = {"height": height, "width": width, "num_images_per_prompt": num_images_per_prompt}
+        for name, value in {**sizes, "guidance_scale": guidance_scale}.items():
+            if not isinstance(value, Real) or (name in sizes and value != int(value)):
+                kind = "a whole number" if name in sizes else "a number"
+                raise ValueError(f"`{name}` must be {kind}, but is {value!r}")
         if num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt` must be at least 1, but is {num_images_per_prompt}")
         if len(guidance_interval) != 2 or not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
             raise ValueError(f"`guidance_interval` must be (low, high) within [0, 1], but is {guidance_interval}")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` must be pil, np, pt or latent, but is {output_type!r}")
 
     def _check_embeds(self, prompt_embeds, negative_prompt_embeds, batch_size):
         for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
@@ -213,8 +217,7 @@ class VisBioPipeline(DiffusionPipeline, VisBioLoraLoaderMixin):
                 )
         if negative_prompt_embeds is not None and len(negative_prompt_embeds) != batch_size:
             raise ValueError(
-                f"`negative_prompt_embeds` has {len(negative_prompt_embeds)} rows for {batch_size} prompts: give one"
-                " for each"
+                f"{len(negative_prompt_embeds)} `negative_prompt_embeds` for {batch_size} prompts: give one each"
             )
 
     def prepare_latents(self, batch_size, height, width, dtype, device, generator, latents=None):
@@ -299,6 +302,7 @@ class VisBioPipeline(DiffusionPipeline, VisBioLoraLoaderMixin):
         width = width or self.unet.config.sample_size
 
         # 1. Check inputs
+        self._check_form(height, width, num_images_per_prompt, guidance_scale, guidance_interval, output_type)
         self.check_inputs(
             prompt,
             height,
@@ -306,12 +310,8 @@ class VisBioPipeline(DiffusionPipeline, VisBioLoraLoaderMixin):
             negative_prompt,
             prompt_embeds,
             negative_prompt_embeds,
-            num_images_per_prompt,
-            guidance_interval,
             callback_on_step_end_tensor_inputs,
         )
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"`output_type` must be pil, np, pt or latent, but is {output_type!r}")
         self._guidance_scale = guidance_scale
         self._guidance_rescale = guidance_rescale
         self._cross_attention_kwargs = cross_attention_kwargs
@@ -333,6 +333,7 @@ class VisBioPipeline(DiffusionPipeline, VisBioLoraLoaderMixin):
         timesteps = prepare_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
         self._num_timesteps = len(timesteps)
         low, high = (bound * self.scheduler.config.num_train_timesteps for bound in guidance_interval)
+        guided_steps = [self.do_classifier_free_guidance and low <= t <= high for t in timesteps.tolist()]
 
         # 4. Prepare latents: noise in pixel space, always float32, for multistep schedulers add up rounding errors
         latents = self.prepare_latents(
@@ -346,11 +347,10 @@ class VisBioPipeline(DiffusionPipeline, VisBioLoraLoaderMixin):
         # 5. Denoise; keys and values of the text are computed once
         text_caches = {}
         with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for i, t in enumerate(timesteps):
+            for i, (t, guided) in enumerate(zip(timesteps, guided_steps)):
                 if self.interrupt:
                     continue
                 self._current_timestep = t
-                guided = self.do_classifier_free_guidance and low <= float(t) <= high
                 embeds = torch.cat([negative_prompt_embeds, prompt_embeds]) if guided else prompt_embeds
                 noise_pred = self._predict(latents, t, embeds, guided, text_caches.setdefault(guided, {}))
                 latents = self.scheduler.step(noise_pred, t, latents, **step_kwargs, return_dict=False)[0]

@@ -52,10 +52,10 @@ def prepare_timesteps(
     name = type(scheduler).__name__
     if timesteps is not None and sigmas is not None:
         raise ValueError("give either `timesteps` or `sigmas`, not both")
-    if num_inference_steps < 1:
-        raise ValueError(f"`num_inference_steps` must be at least 1, but is {num_inference_steps}")
     custom = {"timesteps": timesteps, "sigmas": sigmas}
     custom = {argument: values for argument, values in custom.items() if values is not None}
+    if not custom and (not isinstance(num_inference_steps, int) or num_inference_steps < 1):
+        raise ValueError(f"`num_inference_steps` must be a whole number from 1, but is {num_inference_steps!r}")
     for argument in custom:
         if argument not in inspect.signature(scheduler.set_timesteps).parameters:
             raise ValueError(f"{name} takes no custom `{argument}`: use num_inference_steps")
