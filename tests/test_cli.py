@@ -217,7 +217,7 @@ def test_killed_runs_end_as_uninterrupted_ones(visbio, tiny_pipeline_dir, tmp_pa
     assert visbio(*blood("set.npz", "npz", 3, *arguments)) == 0
 
     images = tmp_path / "killed" / "set" / "train"
-    model = ["--model", str(tiny_pipeline_dir), "--device", "cpu"]
+    model = ["--model", str(tiny_pipeline_dir), "--device", "cpu", "--steps", "3"]
     killed = [sys.executable, "-c", KILLED, "generate", *model, *blood("set", "imagefolder", 3, *arguments)]
     done = subprocess.run(killed, cwd=tmp_path / "killed", env=environment(), stderr=subprocess.DEVNULL)
     assert done.returncode == -signal.SIGKILL

@@ -21,6 +21,7 @@ from visbio_diffusers.captions import CaptionBank
 from visbio_diffusers.config import parse, run
 from visbio_diffusers.data import ImageDataset
 from visbio_diffusers.evaluation import Reference, Split
+from visbio_diffusers.load import load_pipeline
 
 
 def _flag(default: Any, help: str) -> Any:
@@ -110,7 +111,7 @@ def main(config: EvaluateConfig) -> int:
     if real.class_names is None or (config.model and real.bank is None):
         raise ValueError(f"{real.name} has no captions for its classes: name a --caption_bank")
     if config.model:
-        pipe = VisBioPipeline.from_pretrained(config.model).to(config.device)
+        pipe, facts = load_pipeline(config.model, config.device)
         bank, size, channels = load_bank(real.bank), pipe.unet.config.sample_size, pipe.unet.config.in_channels
         labels = evaluation.balanced_labels(config.num_images, len(bank.class_names))
     else:
@@ -120,7 +121,7 @@ def main(config: EvaluateConfig) -> int:
     results = {
         **evaluation.environment(),
         "source": config.model or config.images,
-        "model_sha256": evaluation.weights_hash(pipe.unet) if config.model else None,
+        "model_sha256": facts["model_sha256"] if config.model else None,
         "dataset": real.name,
         "split": {"reference": "test", "num_train": len(reference.train.labels), "num_test": len(real)},
         "seed": config.seed,

@@ -1,6 +1,5 @@
 """Checkpoint folders that are either whole or absent: atomic save, verification, fallback, pruning."""
 
-import hashlib
 import json
 import logging
 import os
@@ -13,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
+
+from visbio_diffusers.files import digest
 
 
 logger = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ def seal(temporary: Path, folder: Path) -> None:
     """
     files = {}
     for file in sorted(path for path in temporary.rglob("*") if path.is_file()):
-        files[file.relative_to(temporary).as_posix()] = {"size": file.stat().st_size, "sha256": _sha256(file)}
+        files[file.relative_to(temporary).as_posix()] = {"size": file.stat().st_size, "sha256": digest(file)}
         _fsync(file)
     manifest = temporary / MANIFEST
     manifest.write_text(json.dumps({"files": files}, indent=2) + "\n")
@@ -160,7 +161,7 @@ def verify(folder: str | Path) -> None:
             raise ValueError(
                 f"{folder} is damaged: {name} has {file.stat().st_size} bytes instead of {expected['size']}"
             )
-        if _sha256(file) != expected["sha256"]:
+        if digest(file) != expected["sha256"]:
             raise ValueError(f"{folder} is damaged: the content of {name} has changed")
 
 
@@ -257,14 +258,6 @@ def truncate_log(file: Path, step: int) -> None:
             break
         kept += len(line)
     os.truncate(file, kept)
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _fsync(path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from visbio_diffusers import __version__
+from visbio_diffusers.files import one_line
 
 
 # What a command needs beyond argparse is imported in its function, so that help and usage errors do not wait for it.
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("\nvisbio: interrupted\n")
         return 130
     except (ValueError, OSError, MemoryError) as error:
-        sys.stderr.write(f"visbio: error: {_line(error)}\n")
+        sys.stderr.write(f"visbio: error: {one_line(error)}\n")
         return 1
     return 0
 
@@ -208,13 +209,6 @@ def _device(text: str) -> str:
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is none of cpu, cuda, cuda:N and mps")
     return text
-
-
-def _line(error: BaseException) -> str:
-    """Return the message of an error in one line; that of the system with its file first."""
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _say(text: str) -> None:

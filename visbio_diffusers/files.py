@@ -1,5 +1,6 @@
-"""Files that are either whole or absent."""
+"""Files that are either whole or absent, their digests, and what the system says of them."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,3 +34,20 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         raise OSError(f"cannot write {path}: {reason}; make room, or choose a place where you may write") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def digest(*paths: Path, algorithm: str = "sha256") -> str:
+    """Return the hexadecimal digest of the contents of files, one after the other."""
+    found = hashlib.new(algorithm, usedforsecurity=False)
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                found.update(block)
+    return found.hexdigest()
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an error in one line; that of the system with its file first."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import transformers
 from safetensors import SafetensorError
 
 from visbio_diffusers import VisBioPipeline, VisBioUNet
+from visbio_diffusers.files import digest, one_line
 
 
 DEFAULT_MODEL = "visbio-blood-28"
@@ -59,12 +59,13 @@ def load_pipeline(
     folder, name = _find(model)
     try:
         _check_parts(folder)
-        digest = _hash_weights(folder / "unet")
+        weights = sorted(path for path in (folder / "unet").iterdir() if path.suffix in WEIGHTS)
+        model_sha256 = digest(*weights)
         with _no_bars():
             pipe = _load(folder, getattr(torch, dtype))
     except (OSError, TypeError, ValueError, SafetensorError) as error:  # TypeError: of a tokenizer without its file
-        raise ValueError(f"cannot load the model {folder} ({_line(error)}): get a whole copy of it") from error
-    return pipe.to(device), {"model": name, "model_sha256": digest, **_caption_banks(folder)}
+        raise ValueError(f"cannot load the model {folder} ({one_line(error)}): get a whole copy of it") from error
+    return pipe.to(device), {"model": name, "model_sha256": model_sha256, **_caption_banks(folder)}
 
 
 def _find(model: str | None) -> tuple[Path, str]:
@@ -80,7 +81,9 @@ def _find(model: str | None) -> tuple[Path, str]:
         with _no_bars():
             return Path(VisBioPipeline.download(model)), model
     except (OSError, ValueError) as error:
-        raise OSError(f"no folder {model} here, and no such model within reach on the Hub: {_line(error)}") from error
+        raise OSError(
+            f"no folder {model} here, and no such model within reach on the Hub: {one_line(error)}"
+        ) from error
 
 
 def _check_parts(folder: Path) -> None:
@@ -107,15 +110,6 @@ def _caption_banks(folder: Path) -> dict[str, str]:
     return {} if banks is None else {"caption_banks": ", ".join(banks)}
 
 
-def _hash_weights(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in WEIGHTS):
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
 def _check_device(device: str | None) -> str:
     """Return the device, or the fastest one; refuse what this machine lacks."""
     found = ["cpu"]
@@ -138,7 +132,3 @@ def _no_bars() -> Iterator[None]:
     finally:
         for library in (diffusers, transformers):
             library.utils.logging.enable_progress_bar()
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
@@ -12,6 +11,8 @@ from pathlib import Path
 import requests
 from filelock import FileLock
 from tqdm.auto import tqdm
+
+from visbio_diffusers.files import digest
 
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def download_file(url: str, path: str | Path, md5: str) -> Path:
             return path
         part = Path(f"{path}.part")
         _fetch(url, part)
-        found = _md5_of(part)
+        found = digest(part, algorithm="md5")
         if found != md5:
             part.unlink()
             raise OSError(f"{url} has MD5 {found} instead of {md5}: the download was removed, try again")
@@ -110,7 +111,7 @@ def _fetch_once(url: str, part: Path, offset: int) -> bool:
 
 
 def _check_existing(path: Path, md5: str) -> None:
-    found = _md5_of(path)
+    found = digest(path, algorithm="md5")
     if found != md5:
         raise OSError(f"{path} has MD5 {found} instead of {md5}: delete it to download it again")
     _remember(path, md5)
@@ -131,11 +132,3 @@ def _stamp(path: Path, md5: str) -> str:
 
 def _remember(path: Path, md5: str) -> None:
     _note(path).write_text(_stamp(path, md5), encoding="utf-8")
-
-
-def _md5_of(path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()

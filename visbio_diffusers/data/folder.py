@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from visbio_diffusers.data.dataset import ImageDataset
+from visbio_diffusers.files import one_line
 
 
 if TYPE_CHECKING:
@@ -149,9 +150,9 @@ def _load_table(name: str, split: str, cache_dir: str | Path | None) -> datasets
     try:
         tables = datasets.load_dataset(**arguments, cache_dir=None if cache_dir is None else str(cache_dir))
     except ConnectionError as error:
-        raise OSError(f"no file or folder {name} here, and no Hub set within reach: {_line(error)}") from error
+        raise OSError(f"no file or folder {name} here, and no Hub set within reach: {one_line(error)}") from error
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise ValueError(f"cannot read {name}: {_line(error.__cause__ or error)}") from error
+        raise ValueError(f"cannot read {name}: {one_line(error.__cause__ or error)}") from error
     aliases = {"val": "validation", "validation": "val"}
     found = split if split in tables else aliases.get(split)
     if found not in tables:
@@ -176,10 +177,6 @@ def _warn_of_unlisted(path: Path, listed: int) -> None:
         logger.warning(
             "%d of %d images in %s have no line in its metadata and are left out", present - listed, present, path
         )
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _check_column(table: datasets.Dataset, name: str, column: str, flag: str) -> None:
