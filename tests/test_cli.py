@@ -314,6 +314,15 @@ def test_mistakes_are_answered_in_one_line_and_leave_nothing(case, visbio, tmp_p
     assert files(tmp_path) == {"file": b"mine"}
 
 
+def test_a_model_refuses_a_set_whose_classes_it_has_not_learned(visbio, tiny_pipeline_dir, tmp_path, capsys):
+    shutil.copytree(tiny_pipeline_dir, "model")
+    Path("model", "training.json").write_text('{"caption_banks": ["bloodmnist"]}')
+    assert visbio("--model", "model", "--dataset", "pathmnist", "--per-class", "1", "--output", "set") == 1
+    assert "has learned the classes of bloodmnist, not those of pathmnist" in capsys.readouterr().err
+    assert not Path("set").exists()
+    assert visbio("--model", "model", *blood("set", "imagefolder", 1)) == 0
+
+
 def test_full_disk_is_named_and_leaves_no_half_file(visbio, monkeypatch, tmp_path, capsys):
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")

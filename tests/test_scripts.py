@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
+from transformers import BertConfig, BertForMaskedLM
 
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +65,17 @@ def test_text_encoder_script_resumes_and_writes_a_bert(text_encoder):
     encoder, tokenizer = BertModel.from_pretrained(text_encoder), AutoTokenizer.from_pretrained(text_encoder)
     assert encoder.config.vocab_size == len(tokenizer)
     assert "[UNK]" not in tokenizer.tokenize("a segmented neutrophil, wright-giemsa stain")
+
+
+def test_every_batch_gives_every_parameter_a_gradient():
+    """DDP waits for all of them, also in batches that hold no captions."""
+    script = runpy.run_path(str(ROOT / "train_scripts" / "train_text_encoder.py"))
+    shape = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = script["CaptionEncoder"](BertForMaskedLM(BertConfig(**shape)), 3)
+    ids = torch.tensor([[1, 2, 3]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([[-100, 5, -100]])}
+    script["caption_loss"](model, batch, 1.0)[0].backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_text_to_image_killed_in_an_epoch_equals_the_uninterrupted_run(blood_npz, text_encoder, tmp_path):
