@@ -214,7 +214,7 @@ def main(config: TextEncoderConfig) -> int:
     if config.gradient_checkpointing:
         bert.gradient_checkpointing_enable()
     if config.compile:
-        bert.compile()
+        bert.bert.compile()
     logger.info(f"{len(captions)} captions, {len(corpus)} texts, {bert.bert.num_parameters() / 1e6:.2f} M parameters")
     optimizer = make_optimizer(model.parameters(), config)
     lr_scheduler = make_lr_scheduler(optimizer, config)

@@ -148,8 +148,8 @@ def load_models(config: TextToImageConfig):
     given = json.loads(config.unet_config)
     if config.pretrained_model_name_or_path:
         return load_pretrained(config, given)
-    source = default_model() if config.text_encoder == DEFAULT_MODEL else Path(config.text_encoder)
-    of_pipeline = (source / "model_index.json").exists()
+    source = str(default_model()) if config.text_encoder == DEFAULT_MODEL else config.text_encoder
+    of_pipeline = Path(source, "model_index.json").exists()
     encoder_part, tokenizer_part = ("text_encoder", "tokenizer") if of_pipeline else ("", "")
     text_encoder = AutoModel.from_pretrained(source, subfolder=encoder_part, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(source, subfolder=tokenizer_part)
