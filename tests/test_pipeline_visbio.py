@@ -24,7 +24,7 @@ def _seeds(*seeds):
 
 
 def _draw(pipe, *args, seed=0, **kwargs):
-    settings = {"num_inference_steps": STEPS, "output_type": "latent", **kwargs}
+    settings = {"num_inference_steps": STEPS, "guidance_interval": (0.0, 1.0), "output_type": "latent", **kwargs}
     return pipe(*args, **{"generator": torch.Generator().manual_seed(seed), **settings}).images
 
 
