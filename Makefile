@@ -11,10 +11,10 @@ demo: $(INSTALLED)
 	$(BIN)/visbio generate --dataset bloodmnist --per-class 4 --format grid --output demo/blood-cells.png
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 --dist worksteal
 
 test-all: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 -m ""
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n 2 --dist worksteal -m ""
 
 style: $(INSTALLED)
 	$(BIN)/ruff check --fix .

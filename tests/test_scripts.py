@@ -138,21 +138,30 @@ def test_pipeline_of_a_training_draws_in_a_new_process(blood_npz, text_encoder, 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--dataset_name", "bloodmist"], "bloodmnist"),
         (["--unet_config", "{"], "unet_config must be JSON"),
         (["--unet_config", '{"width": 3}'], "unet_config must be a JSON object of sample_size, in_channels"),
         (["--caption_dropout", "1.5"], "caption_dropout"),
         (["--learning_rat", "1"], "--learning_rat"),
+        ([], "nothing to train on: give --dataset_name"),
     ],
 )
-def test_a_mistake_is_answered_in_one_line(flags, message, text_encoder, tmp_path):
+def test_a_wrong_setting_is_answered_in_one_line(flags, message, tmp_path, capsys):
+    script = runpy.run_path(str(ROOT / "train_scripts" / "train_text_to_image.py"))
+    argv = ["--preset", "tiny", "--output_dir", str(tmp_path / "run"), *flags]
+    with pytest.raises(SystemExit) as end:
+        script["parse"](script["TextToImageConfig"], script["PRESETS"], argv)
+    shown = capsys.readouterr().err
+    assert end.value.code == 2 and message in shown and shown.count("\n") == 1
+
+
+def test_an_unknown_set_is_answered_in_one_line(tmp_path):
     script = ROOT / "train_scripts" / "train_text_to_image.py"
     done = subprocess.run(
-        [sys.executable, script, "--preset", "tiny", "--text_encoder", text_encoder]
-        + ["--output_dir", tmp_path / "run", *flags],
+        [sys.executable, script, "--preset", "tiny", "--dataset_name", "bloodmist", "--output_dir", tmp_path / "run"],
         capture_output=True,
         text=True,
         env=ENVIRONMENT,
     )
     last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode in (1, 2) and message in last and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "did you mean 'bloodmnist'" in last and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -82,8 +82,6 @@ class TextToImageConfig(TrainConfig):
         super().__post_init__()
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout must be in [0, 1), got {self.caption_dropout}")
-        if not self.dataset_name and not self.train_data_dir:
-            raise ValueError("nothing to train on: give --dataset_name, e.g. bloodmnist, or --train_data_dir")
         try:
             shape = json.loads(self.unet_config)
         except ValueError as error:
@@ -91,6 +89,8 @@ class TextToImageConfig(TrainConfig):
         known = inspect.signature(VisBioUNet.__init__).parameters
         if not isinstance(shape, dict) or not set(shape) <= set(known):
             raise ValueError(f"unet_config must be a JSON object of {', '.join(known)[6:]}, got {self.unet_config}")
+        if not self.datasets:
+            raise ValueError("nothing to train on: give --dataset_name, e.g. bloodmnist, or --train_data_dir")
 
     @property
     def datasets(self) -> list[str]:
