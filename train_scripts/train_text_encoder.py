@@ -143,7 +143,7 @@ def text_stream(
             chunks.append([tokenizer.cls_token_id, *ids[start : start + body], tokenizer.sep_token_id])
 
     def batch(index: int) -> dict:
-        rng = np.random.default_rng([config.seed, index, rank] if rank else [config.seed, index])
+        rng = np.random.default_rng([config.seed, index, rank])
         if chunks and rng.random() >= config.caption_share:
             rows = rng.integers(len(chunks), size=config.train_batch_size)
             return dict(collate([{"input_ids": chunks[row]} for row in rows]))

@@ -95,7 +95,7 @@ class TextToImageConfig(TrainConfig):
     @property
     def datasets(self) -> list[str]:
         """Names of all data sets."""
-        return [*self.dataset_name, *filter(None, [self.train_data_dir])]
+        return [*self.dataset_name, self.train_data_dir] if self.train_data_dir else self.dataset_name
 
 
 # 7.6 M parameters; the result of `blood-28` is in model_cards/visbio-blood-28/README.md. The two GPU presets train the
