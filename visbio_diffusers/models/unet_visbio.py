@@ -294,7 +294,7 @@ class VisBioUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, Cach
 
         # 4. transformer
         _, dim, height, width = hidden_states.shape
-        hidden_states = hidden_states.flatten(2).transpose(1, 2)  # (B, N, D)
+        hidden_states = hidden_states.flatten(2).transpose(1, 2).contiguous()  # (B, N, D); else each norm copies them
         positions = sinusoidal_positions(height, width, dim, hidden_states.device, hidden_states.dtype)
         hidden_states = hidden_states + positions
         for block, key_value in zip(self.mid_block.transformer_blocks, text["key_values"]):
