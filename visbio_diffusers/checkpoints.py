@@ -48,7 +48,9 @@ def register(accelerator: Accelerator, name: str, obj: Stateful) -> None:
         file = Path(folder) / f"{name}.pt"
         if not file.exists():
             raise FileNotFoundError(f"{folder} holds no {name}.pt; resume with the settings that it was saved with")
-        obj.load_state_dict(torch.load(file, map_location=accelerator.device, weights_only=True))
+        # Not `accelerator.device`: torch restores nothing to its "cpu:0". A bare type means the device in use.
+        device = accelerator.device.type
+        obj.load_state_dict(torch.load(file, map_location=device, weights_only=True))
 
     accelerator.register_save_state_pre_hook(save_state)
     accelerator.register_load_state_pre_hook(load_state)
