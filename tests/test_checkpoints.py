@@ -58,6 +58,16 @@ def test_save_restores_the_same_state_and_keeps_the_newest(accelerator, tmp_path
     assert torch.equal(weight, expected)
 
 
+def test_tensors_come_back_in_several_cpu_processes_too(accelerator, tmp_path, monkeypatch):
+    average = nn.Linear(2, 2)
+    checkpoints.register(accelerator, "average", average)
+    folder, expected = checkpoints.save(accelerator, tmp_path, 1), average.weight.detach().clone()
+    nn.init.zeros_(average.weight)
+    monkeypatch.setattr(Accelerator, "device", torch.device("cpu", 0))  # what Accelerate calls it there
+    accelerator.load_state(str(folder))
+    assert torch.equal(average.weight, expected)
+
+
 def test_saving_the_same_step_again_replaces_it(accelerator, tmp_path):
     _cut(checkpoints.save(accelerator, tmp_path, 1) / "model.safetensors")
     checkpoints.verify(checkpoints.save(accelerator, tmp_path, 1))
