@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from transformers import AutoModel, AutoTokenizer
 
 from visbio_diffusers import EmbeddingCache, VisBioPipeline, VisBioUNet, default_model
@@ -117,13 +117,18 @@ PRESETS = {
 
 
 def make_scheduler(prediction_type: str) -> DDIMScheduler:
-    """Return the noise schedule of the training, which is saved with the model as its sampler."""
+    """Return the noise schedule of the training."""
     return DDIMScheduler(
         beta_schedule="squaredcos_cap_v2",
         prediction_type=prediction_type,
         rescale_betas_zero_snr=prediction_type != "epsilon",  # where all is noise, the noise tells nothing
         timestep_spacing="trailing",
     )
+
+
+def make_sampler(scheduler: DDIMScheduler) -> DPMSolverMultistepScheduler:
+    """Return the sampler that is saved with the model: new noise in each step corrects what earlier ones got wrong."""
+    return DPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type="sde-dpmsolver++")
 
 
 def load_datasets(config: TextToImageConfig, channels: int) -> list[ImageDataset]:
@@ -224,8 +229,9 @@ def main(config: TextToImageConfig) -> int:
 
     def pipeline(text_encoder=None, tokenizer=None) -> VisBioPipeline:
         bare = accelerator.unwrap_model(model, keep_torch_compile=False)
-        own = DDIMScheduler.from_config(scheduler.config)  # its steps are set by whoever draws
-        return VisBioPipeline(unet=bare, scheduler=own, text_encoder=text_encoder, tokenizer=tokenizer)
+        return VisBioPipeline(
+            unet=bare, scheduler=make_sampler(scheduler), text_encoder=text_encoder, tokenizer=tokenizer
+        )
 
     folder, every = Path(config.output_dir, "validation"), config.validation_steps
     hooks = [validation_hook(accelerator, pipeline, embed, ema, prompts, config.num_validation_images, every, folder)]

@@ -244,8 +244,8 @@ class VisBioPipeline(DiffusionPipeline, VisBioLoraLoaderMixin):
         num_inference_steps: int = 25,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
-        guidance_scale: float = 2.0,
-        guidance_interval: tuple[float, float] = (0.0, 0.6),
+        guidance_scale: float = 1.35,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_rescale: float = 0.0,
         negative_prompt: str | list[str] | None = None,
         num_images_per_prompt: int = 1,
@@ -272,8 +272,7 @@ class VisBioPipeline(DiffusionPipeline, VisBioLoraLoaderMixin):
             guidance_scale (`float`): weight of the text, w of equation 2 of Imagen (Saharia et al. 2022). 1 is off;
                 higher follows the text more closely and varies less.
             guidance_interval (`tuple[float, float]`): guidance works only while the timestep, as a share of the
-                training timesteps, lies within (Kynkaanniemi et al. 2024). Steps outside cost half; where the
-                first ones, which lay out the image, have no guidance, images vary more. (0, 1) guides all.
+                training timesteps, lies within (Kynkaanniemi et al. 2024). Steps outside cost half. (0, 1) guides all.
             guidance_rescale (`float`): in [0, 1], against overexposure (Lin et al. 2023, section 3.4).
             negative_prompt (`str` or `list[str]`, *optional*): what to steer away from; default is the empty text.
             num_images_per_prompt (`int`): images for each prompt.
