@@ -108,6 +108,8 @@ def test_text_to_image_killed_in_an_epoch_equals_the_uninterrupted_run(blood_npz
         straight, resumed = load_file(tmp_path / "straight" / file), load_file(tmp_path / "killed" / file)
         assert straight.keys() == resumed.keys()
         assert all(np.array_equal(straight[name], resumed[name]) for name in straight)
+    sampler = json.loads((tmp_path / "straight" / "pipeline" / "scheduler" / "scheduler_config.json").read_text())
+    assert sampler["algorithm_type"] == "sde-dpmsolver++" and sampler["rescale_betas_zero_snr"]
     logs = [(tmp_path / name / "loss.jsonl").read_bytes() for name in ("straight", "killed")]
     assert logs[0] == logs[1] and logs[0].count(b"\n") == 8
 
