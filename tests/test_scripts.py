@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,3 +168,14 @@ def test_an_unknown_set_is_answered_in_one_line(tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and "did you mean 'bloodmnist'" in last and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_pipeline_cut_short_is_no_start_of_a_training(tiny_pipeline_dir, tmp_path):
+    script = runpy.run_path(str(ROOT / "train_scripts" / "train_text_to_image.py"))
+    shutil.copytree(tiny_pipeline_dir, tmp_path / "cut")
+    weights = tmp_path / "cut" / "unet" / "diffusion_pytorch_model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    flags = ["--dataset_name", "bloodmnist", "--pretrained_model_name_or_path", str(tmp_path / "cut")]
+    config = script["parse"](script["TextToImageConfig"], {}, [*flags, "--output_dir", str(tmp_path / "run")])
+    with pytest.raises(ValueError, match="cannot load the model .*cut .*: get a whole copy of it"):
+        script["load_models"](config)

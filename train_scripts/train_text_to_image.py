@@ -24,7 +24,7 @@ from visbio_diffusers.checkpoints import save_folder
 from visbio_diffusers.config import TrainConfig, parse, run
 from visbio_diffusers.data import ImageDataset, caption_pools, load_image_dataset, training_batches
 from visbio_diffusers.evaluation import environment, write_results
-from visbio_diffusers.load import DEFAULT_MODEL
+from visbio_diffusers.load import DEFAULT_MODEL, load_pipeline
 from visbio_diffusers.losses import diffusion_loss, snr_weights
 from visbio_diffusers.training import ema_hook, fit, make_accelerator, make_ema, make_lr_scheduler, make_optimizer
 from visbio_diffusers.validation import validation_hook
@@ -169,7 +169,7 @@ def load_models(config: TextToImageConfig):
 
 def load_pretrained(config: TextToImageConfig, given: dict):
     """Return the parts of a pipeline to go on from; refuse settings that contradict it."""
-    pipe = VisBioPipeline.from_pretrained(config.pretrained_model_name_or_path)
+    pipe, _ = load_pipeline(config.pretrained_model_name_or_path, "cpu")
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     found = {**pipe.unet.config, "prediction_type": scheduler.config.prediction_type}
     for name, value in {**given, "prediction_type": config.prediction_type}.items():
