@@ -1,10 +1,9 @@
 """The evaluation: closed forms, references, planted copies and collapses, and the script as a user runs it."""
 
-import importlib.util
 import json
 import math
 import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +11,12 @@ import pytest
 import torch
 
 from visbio_diffusers import VisBioPipeline, load_bank, load_image_dataset
+from visbio_diffusers.config import parse, run
 from visbio_diffusers.evaluation import features as classifiers
 from visbio_diffusers.evaluation import memorization, metrics, protocol, report
-from visbio_diffusers.evaluation.images import (
-    Split,
-    as_split,
-    balanced_labels,
-    generate_images,
-    heldout_prompts,
-    read_images,
-    save_images,
-)
+from visbio_diffusers.evaluation.benchmark import EvaluateConfig, check_independent, evaluate
+from visbio_diffusers.evaluation.images import Split, as_split, read_images, save_images
+from visbio_diffusers.evaluation.sampling import balanced_labels, generate_images, heldout_prompts
 
 
 NAMES = load_bank("bloodmnist").class_names
@@ -311,6 +305,23 @@ def test_git_state_of_a_checkout_and_of_an_installed_package(tmp_path):
 # The script
 
 
+def test_a_killed_drawing_goes_on_and_a_damaged_batch_is_named(workspace, tmp_path):
+    pipe = VisBioPipeline.from_pretrained(workspace / "pipeline")
+    draw = partial(generate_images, pipe, ["a cell"] * 5, 7, 2, store=tmp_path / "store", num_inference_steps=2)
+    whole = draw().images
+    assert len(list((tmp_path / "store").iterdir())) == 3
+    (tmp_path / "store" / "00000002.npz").unlink()
+    pipe.unet = None  # batches that are there are not drawn again
+    with pytest.raises(AttributeError):
+        draw()
+    pipe = VisBioPipeline.from_pretrained(workspace / "pipeline")
+    again = generate_images(pipe, ["a cell"] * 5, 7, 2, store=tmp_path / "store", num_inference_steps=2)
+    assert (again.images == whole).all() and again.seconds_per_image > 0
+    (tmp_path / "store" / "00000004.npz").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="00000004.npz is damaged: delete it"):
+        draw()
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory, reference, evaluator_folder, tiny_pipeline_dir):
     """Return a folder with the toy set, its evaluators and an untrained pipeline."""
@@ -325,49 +336,40 @@ def workspace(tmp_path_factory, reference, evaluator_folder, tiny_pipeline_dir):
 
 def test_an_image_depends_on_its_seed_and_not_on_the_batch(workspace):
     pipe = VisBioPipeline.from_pretrained(workspace / "pipeline")
-    drawn = [generate_images(pipe, ["a cell"] * 5, 7, size, num_inference_steps=2) for size in (5, 2)]
+    drawn = [generate_images(pipe, ["a cell"] * 5, 7, size, num_inference_steps=2).images for size in (5, 2)]
     assert drawn[0].dtype == np.uint8 and drawn[0].shape == (5, 8, 8, 3)
     assert np.abs(drawn[0].astype(int) - drawn[1]).max() <= 1
     assert (drawn[0][0] != drawn[0][1]).any()
 
 
-@pytest.fixture(scope="module")
-def script():
-    """Return train_scripts/evaluate.py as a module."""
-    path = Path(__file__).parents[1] / "train_scripts" / "evaluate.py"
-    spec = importlib.util.spec_from_file_location("evaluate", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["evaluate"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def run_script(script, *arguments: str) -> str | int:
-    """Run the script on the toy set; return what the process would exit with: 0, a number or a message."""
+def run_script(*arguments: str) -> str | int:
+    """Evaluate on the toy set as the script does; return what its process would exit with: a number or a message."""
     common = ["--dataset_name", "bloodmnist_toy.npz", "--evaluators", "evaluators", "--device", "cpu"]
     with pytest.raises(SystemExit) as exited:
-        script.run(script.main, script.parse(script.EvaluateConfig, {}, [*common, *arguments]))
+        run(evaluate, parse(EvaluateConfig, {}, [*common, *arguments]))
     return exited.value.code
 
 
-def test_script_measures_a_model_at_two_guidance_scales_and_its_images_again(script, workspace, monkeypatch):
+def test_script_measures_a_model_at_two_guidance_scales_and_its_images_again(workspace, monkeypatch):
     monkeypatch.chdir(workspace)
     sweep = ["--guidance_scale", "1", "2", "--guidance_interval", "0.2", "0.8", "--num_inference_steps", "2"]
-    model = ["--model", "pipeline", "--num_images", "32", "--fast", "--keep"]
-    assert run_script(script, *model, *sweep, "--output", "out/sweep.json") == 0
+    model = ["--model", "pipeline", "--num_images", "32", "--num_wording_images", "16", "--fast", "--keep"]
+    assert run_script(*model, *sweep, "--output", "out/sweep.json") == 0
     results = json.loads(Path("out/sweep.json").read_text())
-    assert [run["guidance_scale"] for run in results["runs"]] == [1, 2]
-    assert [run["num_inference_steps"] for run in results["runs"]] == [2, 2]
-    assert all(len(run["heldout_wording"]["cnn3"]["per_prompt"]) == 32 for run in results["runs"])
+    assert [entry["guidance_scale"] for entry in results["runs"]] == [1, 2]
+    assert [entry["num_inference_steps"] for entry in results["runs"]] == [2, 2]
+    assert all(len(entry["heldout_wording"]["cnn3"]["per_prompt"]) == 16 for entry in results["runs"])
+    assert all(entry["seconds_per_image"] > 0 and entry["peak_memory_gb"] > 0 for entry in results["runs"])
     assert {"versions", "git", "hardware", "command", "seed", "wall_clock_seconds"} <= set(results)
     table = Path("out/sweep.md").read_text()
-    for run in results["runs"]:
+    for entry in results["runs"]:
         for judge in protocol.EVALUATORS:
-            assert f"{run['evaluators'][judge]['frechet']['value']['value']:.3f}" in table
-    assert "Generated, guidance 2" in table and "(CAS)" not in table
+            assert f"{entry['evaluators'][judge]['frechet']['value']['value']:.3f}" in table
+    assert "Generated, guidance 2" in table and "(CAS)" not in table and "Coverage (cnn5)" in table
+    assert not Path("out/sweep.images").exists()
 
     kept = "out/sweep-guidance-2.npz"
-    assert run_script(script, "--images", kept, "--cas_steps", "5", "--output", "out/images.json") == 0
+    assert run_script("--images", kept, "--cas_steps", "5", "--output", "out/images.json") == 0
     again = json.loads(Path("out/images.json").read_text())
     assert again["runs"][0]["evaluators"] == results["runs"][1]["evaluators"]
     assert "(CAS)" in Path("out/images.md").read_text()
@@ -382,9 +384,9 @@ def test_script_measures_a_model_at_two_guidance_scales_and_its_images_again(scr
         (["--images", "x.npz", "--guidance_scale", "2"], "need --model"),
     ],
 )
-def test_script_refuses_in_one_line(script, workspace, monkeypatch, capsys, arguments, message):
+def test_script_refuses_in_one_line(workspace, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(workspace)
-    code = run_script(script, *arguments, "--output", "refused.json")
+    code = run_script(*arguments, "--output", "refused.json")
     complaint = code if isinstance(code, str) else capsys.readouterr().err
     assert code != 0 and message in complaint and len(complaint.splitlines()) == 1
     assert not Path("refused.json").exists()
@@ -400,3 +402,11 @@ def test_real_images_are_recognised_by_evaluators_of_the_kept_kind(visbio_data):
     model = classifiers.train_classifier(train.images, train.labels, num_classes=8, steps=60, seed=0)
     answers = classifiers.predictions(model, classifiers.features(model, test.images[:500]))
     assert (answers == test.labels[:500]).mean() > 0.6
+
+
+def test_a_reward_is_no_judge_of_what_it_tuned(reference):
+    judge = reference.evaluators[0]
+    facts = {"reward_sha256": f"abc, {classifiers.weights_hash(judge.model)}"}
+    check_independent(reference.evaluators, {})
+    with pytest.raises(ValueError, match="evaluator cnn3 was the reward"):
+        check_independent(reference.evaluators, facts)

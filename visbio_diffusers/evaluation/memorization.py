@@ -1,4 +1,4 @@
-"""How near generated images come to training images, beside how near unseen real images come, and what a model betrays.
+"""How near generated images come to training images, beside unseen real images, and what a model betrays.
 
 Three looks: nearest neighbours in pixels or features, the best match of shapes whatever turn, shift or colour, and
 whether the model denoises the images it was trained on better than others (membership inference).

@@ -19,6 +19,7 @@ from visbio_diffusers.evaluation.metrics import (
     proportion_interval,
     within_class_distance,
 )
+from visbio_diffusers.evaluation.neighbours import kernel_distance_with_interval, manifold_measures_with_intervals
 
 
 # Two judges that share neither seed nor shape: what only one of them sees is not to be believed.
@@ -57,6 +58,7 @@ class Reference:
         train, test (`Split`): real images; test ones were seen by no model and no evaluator.
         matched (`list` of `np.ndarray`): draws of rows of `train`, each with as many images of every class as the
             evaluated set has. All make the floor of the distance; the first one stands for real images elsewhere.
+        matched_test (`np.ndarray`): rows of `test`, drawn in the same way, for measures that cannot weigh images.
         weights (`np.ndarray`): of the test images, bringing them to the class shares of the evaluated set.
         evaluators (`list` of `Evaluator`): the judges.
         test_distances (`np.ndarray`): from every test image to its nearest training image, in [0, 1] pixels.
@@ -69,6 +71,7 @@ class Reference:
     train: Split
     test: Split
     matched: list[np.ndarray]
+    matched_test: np.ndarray
     weights: np.ndarray
     evaluators: list[Evaluator]
     test_distances: np.ndarray
@@ -153,6 +156,7 @@ def make_reference(
         train=train,
         test=test,
         matched=[match_classes(train.labels, labels, seed + draw) for draw in range(FLOOR_DRAWS)],
+        matched_test=match_classes(test.labels, labels, seed),
         weights=class_weights(test.labels, labels),
         evaluators=evaluators,
         test_distances=nearest_distances(test.images, train.images, device=device)[0],
@@ -189,7 +193,9 @@ def measure(generated: Split, reference: Reference, cas_steps: int = 0) -> dict:
         `near_copies_pixels` (which sees smooth images nearer than they are: compare it with the features), and under
         `evaluators` for each judge: `fidelity`; `within_class_distance`, also of recognised images alone, since
         images of wrong classes are far from the others; `frechet` to the real test images, with the class shares of
-        the evaluated ones, its floor from training images; `near_copies` in features.
+        the evaluated ones, its floor from training images; `kernel_distance` and `manifold` (precision, recall,
+        density, coverage) against real test images, each beside the same of real training images; `near_copies` in
+        features.
     """
     distances, _ = nearest_distances(generated.images, reference.train.images, device=reference.device)
     result = {
@@ -211,6 +217,8 @@ def _judged(generated: Split, reference: Reference, judge: Evaluator) -> dict:
     right, real_right = answers == labels, predictions(judge.model, real) == real_labels
     recognised = features[right], labels[right], real[real_right], real_labels[real_right]
     floors = [(rows, class_weights(row_labels, labels)) for rows, row_labels in draws]
+    test_rows = judge.test_features[reference.matched_test]
+    sets = {"generated": features, "real": real}
     test_distances, _ = nearest_distances(judge.test_features, judge.train_features, device=reference.device)
     distances, _ = nearest_distances(features, judge.train_features, device=reference.device)
     return {
@@ -218,6 +226,12 @@ def _judged(generated: Split, reference: Reference, judge: Evaluator) -> dict:
         "within_class_distance": within_class_distance(features, labels, real, real_labels, names, seed=seed),
         "recognised_within_class_distance": within_class_distance(*recognised, names, seed=seed),
         "frechet": frechet_with_floor(features, floors, judge.test_features, reference.weights, seed=seed),
+        "kernel_distance": {
+            kind: kernel_distance_with_interval(rows, test_rows, seed=seed) for kind, rows in sets.items()
+        },
+        "manifold": {
+            kind: manifold_measures_with_intervals(rows, test_rows, seed=seed) for kind, rows in sets.items()
+        },
         "near_copies": near_copies(distances, test_distances, reference.weights),
     }
 

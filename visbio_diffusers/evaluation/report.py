@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import visbio_diffusers
+from visbio_diffusers.evaluation.neighbours import MANIFOLD_MEASURES
 from visbio_diffusers.files import whole_file
 
 
@@ -92,10 +93,11 @@ def _run_title(run: dict) -> str:
     return "Generated" if scale is None else f"Generated, guidance {scale:g}"
 
 
-def _cell(entry: dict | None, digits: int = 3) -> str:
+def _cell(entry: dict | None, digits: int = 3, scale: float = 1) -> str:
     if entry is None:  # too few images to tell
         return "-"
-    return f"{entry['value']:.{digits}f} ({entry['low']:.{digits}f} to {entry['high']:.{digits}f})"
+    value, low, high = (entry[name] * scale for name in ("value", "low", "high"))
+    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def _judge_rows(judge: dict, runs: list[dict]) -> list[list[str]]:
@@ -113,6 +115,14 @@ def _judge_rows(judge: dict, runs: list[dict]) -> list[list[str]]:
         [title.format(name), *(_cell(entry[measure][part]) for entry in measured), real]
         for title, (measure, part), real in kinds
     ]
+    kernel = [entry["kernel_distance"] for entry in measured]
+    title = f"Kernel distance of {name} features to real test images, x 1000"
+    rows.append(
+        [title, *(_cell(entry["generated"], scale=1000) for entry in kernel), _cell(kernel[0]["real"], scale=1000)]
+    )
+    for measure in MANIFOLD_MEASURES:
+        cells = [_cell(entry["manifold"]["generated"][measure]) for entry in measured]
+        rows.append([f"{measure.capitalize()} ({name})", *cells, _cell(measured[0]["manifold"]["real"][measure])])
     if all("heldout_wording" in run for run in runs):
         cells = [_cell(run["heldout_wording"][name]["overall"]) for run in runs]
         rows.insert(1, [f"The same, prompts in held-out wording ({name})", *cells, real_accuracy])
