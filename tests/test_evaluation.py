@@ -12,8 +12,8 @@ import torch
 
 from visbio_diffusers import VisBioPipeline, load_bank, load_image_dataset
 from visbio_diffusers.config import parse, run
-from visbio_diffusers.evaluation import features as classifiers
-from visbio_diffusers.evaluation import memorization, metrics, protocol, report
+from visbio_diffusers.evaluation import features as networks
+from visbio_diffusers.evaluation import judges, memorization, metrics, protocol, report
 from visbio_diffusers.evaluation.benchmark import EvaluateConfig, check_independent, evaluate
 from visbio_diffusers.evaluation.images import Split, as_split, read_images, save_images
 from visbio_diffusers.evaluation.sampling import balanced_labels, generate_images, heldout_prompts
@@ -177,32 +177,46 @@ def test_near_copies_at_matched_quantile():
 def test_classifier_learns_repeats_and_survives_saving(tmp_path):
     train, test = toy_images(320, 0), toy_images(160, 1)
     settings = {"num_classes": len(NAMES), "steps": 80, "seed": 3, "width": 12, "batch_size": 32}
-    model = classifiers.train_classifier(train.images, train.labels, **settings)
-    answers = classifiers.predictions(model, classifiers.features(model, test.images))
+    model = judges.train_classifier(train.images, train.labels, **settings)
+    answers = networks.predictions(model, networks.features(model, test.images))
     assert (answers == test.labels).mean() > 0.9
-    again = classifiers.train_classifier(train.images, train.labels, **settings)
-    assert classifiers.weights_hash(again) == classifiers.weights_hash(model)
-    other = classifiers.train_classifier(train.images, train.labels, **{**settings, "seed": 4})
-    assert classifiers.weights_hash(other) != classifiers.weights_hash(model)
+    again = judges.train_classifier(train.images, train.labels, **settings)
+    assert networks.weights_hash(again) == networks.weights_hash(model)
+    other = judges.train_classifier(train.images, train.labels, **{**settings, "seed": 4})
+    assert networks.weights_hash(other) != networks.weights_hash(model)
 
-    classifiers.save(model, tmp_path / "judge", {"steps": 60})
-    loaded, training = classifiers.load(tmp_path / "judge")
+    networks.save(model, tmp_path / "judge", {"steps": 60})
+    loaded, training = networks.load(tmp_path / "judge")
     assert training == {"steps": 60}
-    assert classifiers.features(loaded, test.images).tolist() == classifiers.features(model, test.images).tolist()
-    weights = tmp_path / "judge" / classifiers.WEIGHTS_NAME
+    assert networks.features(loaded, test.images).tolist() == networks.features(model, test.images).tolist()
+    weights = tmp_path / "judge" / networks.WEIGHTS_NAME
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match="judge is damaged"):
-        classifiers.load(tmp_path / "judge")
-    with pytest.raises(FileNotFoundError, match="holds no classifier"):
-        classifiers.load(tmp_path)
+        networks.load(tmp_path / "judge")
+    with pytest.raises(FileNotFoundError, match="holds no evaluator"):
+        networks.load(tmp_path)
+
+
+def test_an_encoder_learns_without_labels_and_survives_saving(tmp_path):
+    train, test = toy_images(320, 0), toy_images(160, 1)
+    settings = {"seed": 3, "width": 12, "batch_size": 64}
+    model, again = (judges.train_encoder(train.images, steps=60, **settings) for _ in range(2))
+    assert networks.weights_hash(model) == networks.weights_hash(again)
+    networks.save(model, tmp_path / "encoder", {})
+    loaded, _ = networks.load(tmp_path / "encoder")
+    known, asked = (torch.tensor(networks.features(loaded, split.images)) for split in (train, test))
+    nearest = torch.cdist(asked, known).argmin(dim=1)
+    assert (train.labels[nearest] == test.labels).mean() > 0.7  # 0.125 by chance
+    views = torch.eye(4).repeat(2, 1)
+    assert judges.contrastive_loss(views) < judges.contrastive_loss(views.roll(1, 0)[[0, 2, 1, 3, 4, 5, 6, 7]])
 
 
 def test_classifier_takes_any_size_and_grey_and_refuses_wrong_labels():
-    model = classifiers.ImageClassifier(num_classes=3, in_channels=1, width=8, kernel_size=5).eval()
+    model = networks.ImageClassifier(num_classes=3, in_channels=1, width=8, kernel_size=5).eval()
     for size in (9, 28, 33):
-        assert classifiers.features(model, np.zeros((2, size, size, 1), np.uint8)).shape == (2, 16)
+        assert networks.features(model, np.zeros((2, size, size, 1), np.uint8)).shape == (2, 16)
     with pytest.raises(ValueError, match="4 integers in 0 to 2"):
-        classifiers.train_classifier(
+        judges.train_classifier(
             np.zeros((4, 9, 9, 1), np.uint8), np.array([0, 1, 2, 3]), num_classes=3, steps=1, seed=0
         )
 
@@ -210,7 +224,7 @@ def test_classifier_takes_any_size_and_grey_and_refuses_wrong_labels():
 def test_augmentation_is_repeatable_and_keeps_left_and_right_apart_on_demand():
     pixel_values = torch.full((64, 1, 28, 28), -0.5)
     pixel_values[..., :14] = 0.5  # bright on the left
-    views = [classifiers.augment(pixel_values, torch.Generator().manual_seed(0), flip) for flip in (True, True, False)]
+    views = [judges.augment(pixel_values, torch.Generator().manual_seed(0), flip) for flip in (True, True, False)]
     assert torch.equal(views[0], views[1])
     left_is_brighter = [view[..., :10].mean(dim=(1, 2, 3)) > view[..., 18:].mean(dim=(1, 2, 3)) for view in views]
     assert left_is_brighter[2].all() and 5 < left_is_brighter[0].sum() < 59
@@ -229,7 +243,7 @@ def test_protocol_tells_real_from_shuffled_blurred_collapsed_and_copied(referenc
         "collapsed": Split(fresh.images[fresh.labels], fresh.labels),
     }
     results = {name: protocol.measure(split, reference) for name, split in sets.items()}
-    for judge in protocol.EVALUATORS:
+    for judge in ("cnn3", "cnn5"):
         entries = {name: result["evaluators"][judge] for name, result in results.items()}
         fidelity = {name: entry["fidelity"]["overall"]["value"] for name, entry in entries.items()}
         assert fidelity["fresh"] > 0.9 and fidelity["shuffled"] < 0.3
@@ -399,14 +413,14 @@ def test_real_images_are_recognised_by_evaluators_of_the_kept_kind(visbio_data):
     """A short training already knows most real test images; the full one (2,000 steps) is reported in the card."""
     path = str(visbio_data / "medmnist" / "bloodmnist_rebuilt_28.npz")
     train, test = (as_split(load_image_dataset(path, split)) for split in ("train", "test"))
-    model = classifiers.train_classifier(train.images, train.labels, num_classes=8, steps=60, seed=0)
-    answers = classifiers.predictions(model, classifiers.features(model, test.images[:500]))
+    model = judges.train_classifier(train.images, train.labels, num_classes=8, steps=60, seed=0)
+    answers = networks.predictions(model, networks.features(model, test.images[:500]))
     assert (answers == test.labels[:500]).mean() > 0.6
 
 
 def test_a_reward_is_no_judge_of_what_it_tuned(reference):
     judge = reference.evaluators[0]
-    facts = {"reward_sha256": f"abc, {classifiers.weights_hash(judge.model)}"}
+    facts = {"reward_sha256": f"abc, {networks.weights_hash(judge.model)}"}
     check_independent(reference.evaluators, {})
     with pytest.raises(ValueError, match="evaluator cnn3 was the reward"):
         check_independent(reference.evaluators, facts)

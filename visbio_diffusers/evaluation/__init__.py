@@ -1,7 +1,8 @@
 """Measures of a text-to-image model of labelled images: fidelity, diversity, distance to real, copies, usefulness."""
 
-from visbio_diffusers.evaluation.features import ImageClassifier, train_classifier, weights_hash
+from visbio_diffusers.evaluation.features import ImageClassifier, ImageEncoder, weights_hash
 from visbio_diffusers.evaluation.images import Split, as_split, read_images, save_images
+from visbio_diffusers.evaluation.judges import train_classifier, train_encoder
 from visbio_diffusers.evaluation.protocol import (
     EVALUATORS,
     Evaluator,
@@ -22,6 +23,7 @@ __all__ = [
     "EVALUATORS",
     "Evaluator",
     "ImageClassifier",
+    "ImageEncoder",
     "Reference",
     "Split",
     "as_split",
@@ -41,6 +43,7 @@ __all__ = [
     "save_images",
     "store_name",
     "train_classifier",
+    "train_encoder",
     "weights_hash",
     "write_results",
 ]

@@ -13,13 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import PartialState
+from PIL import Image
 
 from visbio_diffusers.captions import CaptionBank, load_bank
 from visbio_diffusers.data import ImageDataset, load_image_dataset
 from visbio_diffusers.evaluation.features import weights_hash
 from visbio_diffusers.evaluation.images import Split, as_split, read_images, save_images
+from visbio_diffusers.evaluation.page import write_page
 from visbio_diffusers.evaluation.protocol import (
     Evaluator,
     Reference,
@@ -33,7 +36,11 @@ from visbio_diffusers.evaluation.protocol import (
 )
 from visbio_diffusers.evaluation.report import environment, render_card_results, write_results
 from visbio_diffusers.evaluation.sampling import balanced_labels, generate_images, heldout_prompts, store_name
+from visbio_diffusers.grid import contact_sheet
 from visbio_diffusers.load import load_pipeline
+
+
+SHEET_PER_CLASS = 12
 
 
 def _flag(default: Any, help: str) -> Any:
@@ -45,7 +52,9 @@ class EvaluateConfig:
     """Measure generated images: fidelity, diversity, distance to real ones, near-copies, usefulness for training."""
 
     dataset_name: str = field(metadata={"help": "real images, splits train and test: flag, npz or folder"})
-    output: str = field(metadata={"help": "JSON file for the results; the Markdown table goes beside it"})
+    output: str = field(
+        metadata={"help": "JSON file for the results; the Markdown table and a page of HTML go beside it"}
+    )
     caption_bank: str = _flag("", "bank of a set that has none of its own: name, or YAML file")
     model: str = _flag("", "folder or Hub id of the pipeline to measure")
     images: str = _flag("", "instead of a model: npz with train_images and train_labels, or a labelled image folder")
@@ -135,6 +144,7 @@ def evaluate(config: EvaluateConfig) -> int:
         results["wall_clock_seconds"] = time.perf_counter() - started
         write_results(results, config.output)
         Path(config.output).with_suffix(".md").write_text(render_card_results(results), encoding="utf-8")
+        write_page(results, _pictures(samples[0], reference), Path(config.output).with_suffix(".html"))
     shutil.rmtree(config.store, ignore_errors=True)
     return 0
 
@@ -215,6 +225,18 @@ def _peak_memory_gb(device: torch.device) -> float:
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def _pictures(sample: Sample, reference: Reference) -> dict[str, Image.Image]:
+    """Return a sheet of the first images of every class, and one of real images in the same order."""
+    sheets = {}
+    real = real_training_images(reference)
+    for title, split in (("Generated images", sample.plain), ("Real training images", real)):
+        rows = [row for k in np.unique(split.labels) for row in np.flatnonzero(split.labels == k)[:SHEET_PER_CLASS]]
+        images = [Image.fromarray(split.images[row].squeeze()) for row in rows]
+        captions = [reference.class_names[split.labels[row]] for row in rows]
+        sheets[title] = contact_sheet(images, captions, SHEET_PER_CLASS, tile=84, caption_lines=1)
+    return sheets
 
 
 def _measured(sample: Sample, reference: Reference, config: EvaluateConfig) -> dict:
