@@ -1,9 +1,13 @@
 """The audit finds planted copies, whatever was done to them, and finds none among images that nobody trained on."""
 
+import json
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from visbio_diffusers.evaluation import memorization
+from visbio_diffusers.evaluation.audit import AuditConfig, audit
 
 
 SIZE = 16
@@ -80,3 +84,43 @@ def test_denoising_losses_are_the_training_loss_and_repeatable(tiny_pipeline):
     assert losses.shape == (5,) and (losses > 0).all()
     other = memorization.denoising_losses(tiny_pipeline, images, prompts, seed=9)
     assert not np.allclose(losses, other)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """Return a folder with a toy set of blobs, and with images to audit: fresh ones, and disguised training images."""
+    folder = tmp_path_factory.mktemp("audit")
+    labels = np.arange(160) % 8
+    splits = {"train": _blobs(0, 160), "test": _blobs(1, 160)}
+    arrays = {f"{name}_images": images for name, images in splits.items()}
+    arrays |= {f"{name}_labels": labels[:, None] for name in splits}
+    np.savez(folder / "bloodmnist_toy.npz", **arrays)
+    np.savez(folder / "fresh.npz", train_images=_blobs(2, 80), train_labels=labels[:80])
+    np.savez(folder / "copied.npz", train_images=DISGUISES["all"](splits["train"][:80]), train_labels=labels[:80])
+    return folder
+
+
+@pytest.mark.parametrize(("images", "least", "most"), [("fresh.npz", 0.0, 0.15), ("copied.npz", 1.0, 1.0)])
+def test_audit_tells_copies_from_fresh_images(images, least, most, workspace, tmp_path, monkeypatch):
+    monkeypatch.chdir(workspace)
+    config = AuditConfig(dataset_name="bloodmnist_toy.npz", images=images, output=str(tmp_path), device="cpu")
+    assert audit(config) == 0
+    results = json.loads((tmp_path / "audit.json").read_text())
+    assert least <= results["near_copies"]["shape"]["0.05"]["value"] <= most
+    assert results["n"] == 80 and results["n_unseen"] == 160 and "membership_inference" not in results
+    with Image.open(tmp_path / "closest_pairs.png") as sheet:
+        assert sheet.size[0] == 8 * 128 and sheet.size[1] > 6 * 120  # 24 pairs, four in a row
+
+
+def test_audit_of_a_model_asks_it_what_it_was_trained_on(workspace, tiny_pipeline_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(workspace)
+    settings = {"num_images": 16, "num_members": 40, "batch_size": 8, "device": "cpu"}
+    config = AuditConfig(
+        dataset_name="bloodmnist_toy.npz", model=str(tiny_pipeline_dir), output=str(tmp_path / "out"), **settings
+    )
+    assert audit(config) == 0
+    results = json.loads((tmp_path / "out" / "audit.json").read_text())
+    auc = results["membership_inference"]["auc"]
+    assert auc["n"] == 80 and auc["low"] < 0.5 < auc["high"]  # it was trained on neither
+    assert results["model_sha256"] and results["n"] == 16
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["audit.json", "closest_pairs.png"]

@@ -6,6 +6,7 @@ until one knows how many unseen real images would count as copies of a training 
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,8 +107,9 @@ def audit(config: AuditConfig) -> int:
         words = load_bank(real.bank)
         labels = balanced_labels(config.num_images, len(words.class_names))
         prompts = [words.plain_caption(int(label)) for label in labels]
-        store = Path(config.output, ".images", store_name(facts, prompts, config.seed, config.batch_size))
-        drawn = generate_images(pipe, prompts, config.seed, config.batch_size, store=store)
+        store = Path(config.output, ".images")
+        request = store_name(facts, prompts, config.seed, config.batch_size)
+        drawn = generate_images(pipe, prompts, config.seed, config.batch_size, store=store / request)
         generated, results = Split(drawn.images, labels), results | facts
     else:
         generated = read_images(config.images, real.class_names, real.bank)
@@ -122,6 +124,7 @@ def audit(config: AuditConfig) -> int:
         results["membership_inference"] = infer_membership(pipe, words, train, test, config)
     save_png(closest_pairs(generated.images, train.images, found), Path(config.output, "closest_pairs.png"))
     write_results(results, Path(config.output, "audit.json"))
+    shutil.rmtree(Path(config.output, ".images"), ignore_errors=True)
     return 0
 
 
