@@ -1,10 +1,9 @@
 """The evaluation: closed forms, references, planted copies and collapses, and the script as a user runs it."""
 
-import importlib.util
 import json
 import math
 import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +11,12 @@ import pytest
 import torch
 
 from visbio_diffusers import VisBioPipeline, load_bank, load_image_dataset
-from visbio_diffusers.evaluation import features as classifiers
-from visbio_diffusers.evaluation import memorization, metrics, protocol, report
-from visbio_diffusers.evaluation.images import (
-    Split,
-    as_split,
-    balanced_labels,
-    generate_images,
-    heldout_prompts,
-    read_images,
-    save_images,
-)
+from visbio_diffusers.config import parse, run
+from visbio_diffusers.evaluation import features as networks
+from visbio_diffusers.evaluation import judges, memorization, metrics, protocol, report
+from visbio_diffusers.evaluation.benchmark import EvaluateConfig, check_independent, evaluate
+from visbio_diffusers.evaluation.images import Split, as_split, read_images, save_images
+from visbio_diffusers.evaluation.sampling import balanced_labels, generate_images, heldout_prompts
 
 
 NAMES = load_bank("bloodmnist").class_names
@@ -183,32 +177,46 @@ def test_near_copies_at_matched_quantile():
 def test_classifier_learns_repeats_and_survives_saving(tmp_path):
     train, test = toy_images(320, 0), toy_images(160, 1)
     settings = {"num_classes": len(NAMES), "steps": 80, "seed": 3, "width": 12, "batch_size": 32}
-    model = classifiers.train_classifier(train.images, train.labels, **settings)
-    answers = classifiers.predictions(model, classifiers.features(model, test.images))
+    model = judges.train_classifier(train.images, train.labels, **settings)
+    answers = networks.predictions(model, networks.features(model, test.images))
     assert (answers == test.labels).mean() > 0.9
-    again = classifiers.train_classifier(train.images, train.labels, **settings)
-    assert classifiers.weights_hash(again) == classifiers.weights_hash(model)
-    other = classifiers.train_classifier(train.images, train.labels, **{**settings, "seed": 4})
-    assert classifiers.weights_hash(other) != classifiers.weights_hash(model)
+    again = judges.train_classifier(train.images, train.labels, **settings)
+    assert networks.weights_hash(again) == networks.weights_hash(model)
+    other = judges.train_classifier(train.images, train.labels, **{**settings, "seed": 4})
+    assert networks.weights_hash(other) != networks.weights_hash(model)
 
-    classifiers.save(model, tmp_path / "judge", {"steps": 60})
-    loaded, training = classifiers.load(tmp_path / "judge")
+    networks.save(model, tmp_path / "judge", {"steps": 60})
+    loaded, training = networks.load(tmp_path / "judge")
     assert training == {"steps": 60}
-    assert classifiers.features(loaded, test.images).tolist() == classifiers.features(model, test.images).tolist()
-    weights = tmp_path / "judge" / classifiers.WEIGHTS_NAME
+    assert networks.features(loaded, test.images).tolist() == networks.features(model, test.images).tolist()
+    weights = tmp_path / "judge" / networks.WEIGHTS_NAME
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match="judge is damaged"):
-        classifiers.load(tmp_path / "judge")
-    with pytest.raises(FileNotFoundError, match="holds no classifier"):
-        classifiers.load(tmp_path)
+        networks.load(tmp_path / "judge")
+    with pytest.raises(FileNotFoundError, match="holds no evaluator"):
+        networks.load(tmp_path)
+
+
+def test_an_encoder_learns_without_labels_and_survives_saving(tmp_path):
+    train, test = toy_images(320, 0), toy_images(160, 1)
+    settings = {"seed": 3, "width": 12, "batch_size": 64}
+    model, again = (judges.train_encoder(train.images, steps=60, **settings) for _ in range(2))
+    assert networks.weights_hash(model) == networks.weights_hash(again)
+    networks.save(model, tmp_path / "encoder", {})
+    loaded, _ = networks.load(tmp_path / "encoder")
+    known, asked = (torch.tensor(networks.features(loaded, split.images)) for split in (train, test))
+    nearest = torch.cdist(asked, known).argmin(dim=1)
+    assert (train.labels[nearest] == test.labels).mean() > 0.7  # 0.125 by chance
+    views = torch.eye(4).repeat(2, 1)
+    assert judges.contrastive_loss(views) < judges.contrastive_loss(views.roll(1, 0)[[0, 2, 1, 3, 4, 5, 6, 7]])
 
 
 def test_classifier_takes_any_size_and_grey_and_refuses_wrong_labels():
-    model = classifiers.ImageClassifier(num_classes=3, in_channels=1, width=8, kernel_size=5).eval()
+    model = networks.ImageClassifier(num_classes=3, in_channels=1, width=8, kernel_size=5).eval()
     for size in (9, 28, 33):
-        assert classifiers.features(model, np.zeros((2, size, size, 1), np.uint8)).shape == (2, 16)
+        assert networks.features(model, np.zeros((2, size, size, 1), np.uint8)).shape == (2, 16)
     with pytest.raises(ValueError, match="4 integers in 0 to 2"):
-        classifiers.train_classifier(
+        judges.train_classifier(
             np.zeros((4, 9, 9, 1), np.uint8), np.array([0, 1, 2, 3]), num_classes=3, steps=1, seed=0
         )
 
@@ -216,7 +224,7 @@ def test_classifier_takes_any_size_and_grey_and_refuses_wrong_labels():
 def test_augmentation_is_repeatable_and_keeps_left_and_right_apart_on_demand():
     pixel_values = torch.full((64, 1, 28, 28), -0.5)
     pixel_values[..., :14] = 0.5  # bright on the left
-    views = [classifiers.augment(pixel_values, torch.Generator().manual_seed(0), flip) for flip in (True, True, False)]
+    views = [judges.augment(pixel_values, torch.Generator().manual_seed(0), flip) for flip in (True, True, False)]
     assert torch.equal(views[0], views[1])
     left_is_brighter = [view[..., :10].mean(dim=(1, 2, 3)) > view[..., 18:].mean(dim=(1, 2, 3)) for view in views]
     assert left_is_brighter[2].all() and 5 < left_is_brighter[0].sum() < 59
@@ -235,7 +243,7 @@ def test_protocol_tells_real_from_shuffled_blurred_collapsed_and_copied(referenc
         "collapsed": Split(fresh.images[fresh.labels], fresh.labels),
     }
     results = {name: protocol.measure(split, reference) for name, split in sets.items()}
-    for judge in protocol.EVALUATORS:
+    for judge in ("cnn3", "cnn5"):
         entries = {name: result["evaluators"][judge] for name, result in results.items()}
         fidelity = {name: entry["fidelity"]["overall"]["value"] for name, entry in entries.items()}
         assert fidelity["fresh"] > 0.9 and fidelity["shuffled"] < 0.3
@@ -311,6 +319,23 @@ def test_git_state_of_a_checkout_and_of_an_installed_package(tmp_path):
 # The script
 
 
+def test_a_killed_drawing_goes_on_and_a_damaged_batch_is_named(workspace, tmp_path):
+    pipe = VisBioPipeline.from_pretrained(workspace / "pipeline")
+    draw = partial(generate_images, pipe, ["a cell"] * 5, 7, 2, store=tmp_path / "store", num_inference_steps=2)
+    whole = draw().images
+    assert len(list((tmp_path / "store").iterdir())) == 3
+    (tmp_path / "store" / "00000002.npz").unlink()
+    pipe.unet = None  # batches that are there are not drawn again
+    with pytest.raises(AttributeError):
+        draw()
+    pipe = VisBioPipeline.from_pretrained(workspace / "pipeline")
+    again = generate_images(pipe, ["a cell"] * 5, 7, 2, store=tmp_path / "store", num_inference_steps=2)
+    assert (again.images == whole).all() and again.seconds_per_image > 0
+    (tmp_path / "store" / "00000004.npz").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="00000004.npz is damaged: delete it"):
+        draw()
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory, reference, evaluator_folder, tiny_pipeline_dir):
     """Return a folder with the toy set, its evaluators and an untrained pipeline."""
@@ -325,49 +350,40 @@ def workspace(tmp_path_factory, reference, evaluator_folder, tiny_pipeline_dir):
 
 def test_an_image_depends_on_its_seed_and_not_on_the_batch(workspace):
     pipe = VisBioPipeline.from_pretrained(workspace / "pipeline")
-    drawn = [generate_images(pipe, ["a cell"] * 5, 7, size, num_inference_steps=2) for size in (5, 2)]
+    drawn = [generate_images(pipe, ["a cell"] * 5, 7, size, num_inference_steps=2).images for size in (5, 2)]
     assert drawn[0].dtype == np.uint8 and drawn[0].shape == (5, 8, 8, 3)
     assert np.abs(drawn[0].astype(int) - drawn[1]).max() <= 1
     assert (drawn[0][0] != drawn[0][1]).any()
 
 
-@pytest.fixture(scope="module")
-def script():
-    """Return train_scripts/evaluate.py as a module."""
-    path = Path(__file__).parents[1] / "train_scripts" / "evaluate.py"
-    spec = importlib.util.spec_from_file_location("evaluate", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["evaluate"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def run_script(script, *arguments: str) -> str | int:
-    """Run the script on the toy set; return what the process would exit with: 0, a number or a message."""
+def run_script(*arguments: str) -> str | int:
+    """Evaluate on the toy set as the script does; return what its process would exit with: a number or a message."""
     common = ["--dataset_name", "bloodmnist_toy.npz", "--evaluators", "evaluators", "--device", "cpu"]
     with pytest.raises(SystemExit) as exited:
-        script.run(script.main, script.parse(script.EvaluateConfig, {}, [*common, *arguments]))
+        run(evaluate, parse(EvaluateConfig, {}, [*common, *arguments]))
     return exited.value.code
 
 
-def test_script_measures_a_model_at_two_guidance_scales_and_its_images_again(script, workspace, monkeypatch):
+def test_script_measures_a_model_at_two_guidance_scales_and_its_images_again(workspace, monkeypatch):
     monkeypatch.chdir(workspace)
     sweep = ["--guidance_scale", "1", "2", "--guidance_interval", "0.2", "0.8", "--num_inference_steps", "2"]
-    model = ["--model", "pipeline", "--num_images", "32", "--fast", "--keep"]
-    assert run_script(script, *model, *sweep, "--output", "out/sweep.json") == 0
+    model = ["--model", "pipeline", "--num_images", "32", "--num_wording_images", "16", "--fast", "--keep"]
+    assert run_script(*model, *sweep, "--output", "out/sweep.json") == 0
     results = json.loads(Path("out/sweep.json").read_text())
-    assert [run["guidance_scale"] for run in results["runs"]] == [1, 2]
-    assert [run["num_inference_steps"] for run in results["runs"]] == [2, 2]
-    assert all(len(run["heldout_wording"]["cnn3"]["per_prompt"]) == 32 for run in results["runs"])
+    assert [entry["guidance_scale"] for entry in results["runs"]] == [1, 2]
+    assert [entry["num_inference_steps"] for entry in results["runs"]] == [2, 2]
+    assert all(len(entry["heldout_wording"]["cnn3"]["per_prompt"]) == 16 for entry in results["runs"])
+    assert all(entry["seconds_per_image"] > 0 and entry["peak_memory_gb"] > 0 for entry in results["runs"])
     assert {"versions", "git", "hardware", "command", "seed", "wall_clock_seconds"} <= set(results)
     table = Path("out/sweep.md").read_text()
-    for run in results["runs"]:
+    for entry in results["runs"]:
         for judge in protocol.EVALUATORS:
-            assert f"{run['evaluators'][judge]['frechet']['value']['value']:.3f}" in table
-    assert "Generated, guidance 2" in table and "(CAS)" not in table
+            assert f"{entry['evaluators'][judge]['frechet']['value']['value']:.3f}" in table
+    assert "Generated, guidance 2" in table and "(CAS)" not in table and "Coverage (cnn5)" in table
+    assert not Path("out/sweep.images").exists()
 
     kept = "out/sweep-guidance-2.npz"
-    assert run_script(script, "--images", kept, "--cas_steps", "5", "--output", "out/images.json") == 0
+    assert run_script("--images", kept, "--cas_steps", "5", "--output", "out/images.json") == 0
     again = json.loads(Path("out/images.json").read_text())
     assert again["runs"][0]["evaluators"] == results["runs"][1]["evaluators"]
     assert "(CAS)" in Path("out/images.md").read_text()
@@ -382,9 +398,9 @@ def test_script_measures_a_model_at_two_guidance_scales_and_its_images_again(scr
         (["--images", "x.npz", "--guidance_scale", "2"], "need --model"),
     ],
 )
-def test_script_refuses_in_one_line(script, workspace, monkeypatch, capsys, arguments, message):
+def test_script_refuses_in_one_line(workspace, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(workspace)
-    code = run_script(script, *arguments, "--output", "refused.json")
+    code = run_script(*arguments, "--output", "refused.json")
     complaint = code if isinstance(code, str) else capsys.readouterr().err
     assert code != 0 and message in complaint and len(complaint.splitlines()) == 1
     assert not Path("refused.json").exists()
@@ -397,6 +413,14 @@ def test_real_images_are_recognised_by_evaluators_of_the_kept_kind(visbio_data):
     """A short training already knows most real test images; the full one (2,000 steps) is reported in the card."""
     path = str(visbio_data / "medmnist" / "bloodmnist_rebuilt_28.npz")
     train, test = (as_split(load_image_dataset(path, split)) for split in ("train", "test"))
-    model = classifiers.train_classifier(train.images, train.labels, num_classes=8, steps=60, seed=0)
-    answers = classifiers.predictions(model, classifiers.features(model, test.images[:500]))
+    model = judges.train_classifier(train.images, train.labels, num_classes=8, steps=60, seed=0)
+    answers = networks.predictions(model, networks.features(model, test.images[:500]))
     assert (answers == test.labels[:500]).mean() > 0.6
+
+
+def test_a_reward_is_no_judge_of_what_it_tuned(reference):
+    judge = reference.evaluators[0]
+    facts = {"reward_sha256": f"abc, {networks.weights_hash(judge.model)}"}
+    check_independent(reference.evaluators, {})
+    with pytest.raises(ValueError, match="evaluator cnn3 was the reward"):
+        check_independent(reference.evaluators, facts)

@@ -32,7 +32,8 @@ LAYERS = [
     {"data", "models", "text", "training"},
     {"pipelines"},
     {"visbio_diffusers"},
-    {"evaluation", "generate", "load", "validation"},
+    {"generate", "load", "validation"},
+    {"evaluation"},
     {"cli"},
     {"train_scripts"},
 ]
@@ -127,7 +128,7 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_wheel_holds_the_package_and_the_default_checkpoint_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    package = {relative(path) for path in PACKAGE.rglob("*.*") if path.suffix in (".py", ".yaml")}
+    package = {relative(path) for path in PACKAGE.rglob("*.*") if path.suffix in (".py", ".yaml", ".j2")}
     card = {relative(path) for path in (ROOT / CHECKPOINT).rglob("*") if path.is_file()}
     assert any(name.endswith("caption_banks/bloodmnist.yaml") for name in package)
     assert any(name.endswith("unet/diffusion_pytorch_model.safetensors") for name in card), "no checkpoint to ship"

@@ -1,4 +1,4 @@
-"""The command `visbio`: draw images, export labelled sets, look at data sets.
+"""The command `visbio`: draw images, export labelled sets, measure and audit models, look at data sets.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Mistakes are answered in one line on stderr.
 """
@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: after --help and --version, and for wrong usage.
     """
-    args = _build_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = _build_parser().parse_args(argv[:1] if argv[:1] in (["evaluate"], ["audit"]) else argv)
+    args.flags = argv[1:]
     try:
         args.run(args)
     except KeyboardInterrupt:
@@ -67,6 +69,12 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     _add_generate_arguments(generate)
     generate.set_defaults(run=_generate, error=generate.error)
+
+    # Their flags are the fields of a config, as in the scripts.
+    evaluate = commands.add_parser("evaluate", help="measure a model, or images, against real images")
+    evaluate.set_defaults(run=_evaluate)
+    audit = commands.add_parser("audit", help="look for training images among generated ones")
+    audit.set_defaults(run=_audit)
 
     data = commands.add_parser("data", help="look at image sets")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -157,6 +165,24 @@ def _check_generate(args: argparse.Namespace) -> Path:
     if suffix is not None and output.suffix.lower() != suffix:
         args.error(f"--output {output} must end in {suffix}")
     return output
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from visbio_diffusers.config import parse
+    from visbio_diffusers.evaluation.benchmark import EvaluateConfig, evaluate
+
+    config = parse(EvaluateConfig, {}, args.flags)
+    evaluate(config)
+    _say(config.output)
+
+
+def _audit(args: argparse.Namespace) -> None:
+    from visbio_diffusers.config import parse
+    from visbio_diffusers.evaluation.audit import AuditConfig, audit
+
+    config = parse(AuditConfig, {}, args.flags)
+    audit(config)
+    _say(str(Path(config.output, "audit.json")))
 
 
 def _list_data(args: argparse.Namespace) -> None:

@@ -48,7 +48,7 @@ def load_pipeline(
     Returns:
         The pipeline, and a dict with the name of the `model`, `model_sha256`, the hash of its UNet's weights file
         (or files, one after the other), and, if its training has recorded them, `caption_banks`, the names of those
-        whose classes it has seen.
+        whose classes it has seen, and `reward_sha256`, the hashes of the models that it was tuned to please.
 
     Raises:
         FileNotFoundError: if there is no such folder.
@@ -65,7 +65,7 @@ def load_pipeline(
             pipe = _load(folder, getattr(torch, dtype))
     except (OSError, TypeError, ValueError, SafetensorError) as error:  # TypeError: of a tokenizer without its file
         raise ValueError(f"cannot load the model {folder} ({one_line(error)}): get a whole copy of it") from error
-    return pipe.to(device), {"model": name, "model_sha256": model_sha256, **_caption_banks(folder)}
+    return pipe.to(device), {"model": name, "model_sha256": model_sha256, **_recorded(folder)}
 
 
 def _find(model: str | None) -> tuple[Path, str]:
@@ -104,10 +104,11 @@ def _load(folder: Path, dtype: torch.dtype) -> VisBioPipeline:
     return pipe
 
 
-def _caption_banks(folder: Path) -> dict[str, str]:
-    record = folder / "training.json"
-    banks = json.loads(record.read_text(encoding="utf-8")).get("caption_banks") if record.exists() else None
-    return {} if banks is None else {"caption_banks": ", ".join(banks)}
+def _recorded(folder: Path) -> dict[str, str]:
+    """Return the lists of its training.json that others must know, each as one text."""
+    file = folder / "training.json"
+    record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return {name: ", ".join(record[name]) for name in ("caption_banks", "reward_sha256") if name in record}
 
 
 def _check_device(device: str | None) -> str:

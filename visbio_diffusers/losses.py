@@ -39,22 +39,17 @@ def snr_weights(alphas_cumprod, snr_gamma, prediction_type="v_prediction", floor
     return (snr.clamp(max=snr_gamma) / divisor).clamp(min=floor)
 
 
-def diffusion_loss(model, scheduler, pixel_values, encoder_hidden_states, encoder_attention_mask, weights=None):
-    """Return the mean squared error of the model's prediction at random noise levels.
+def denoising_errors(model, scheduler, pixel_values, noise, timesteps, encoder_hidden_states, encoder_attention_mask):
+    """Return the mean squared error of the model's prediction for each noised image, `(batch,)` float32.
 
     Args:
         model: called as `VisBioUNet.forward`.
         scheduler (`DDPMScheduler`): its `prediction_type` says what is predicted: epsilon, v_prediction or sample.
-        pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`): clean images in [-1, 1].
+        pixel_values, noise (`torch.Tensor` of shape `(batch, channels, height, width)`): clean images in [-1, 1].
+        timesteps (`torch.Tensor` of shape `(batch,)`): int64.
         encoder_hidden_states (`torch.Tensor` of shape `(batch, tokens, width)`), encoder_attention_mask (`(batch,
             tokens)`): the captions.
-        weights (`torch.Tensor` of shape `(num_train_timesteps,)`, *optional*): weight of each timestep.
-
-    Returns:
-        scalar `torch.Tensor`.
     """
-    noise = torch.randn_like(pixel_values)
-    timesteps = stratified_timesteps(len(pixel_values), scheduler.config.num_train_timesteps, pixel_values.device)
     sample = scheduler.add_noise(pixel_values, noise, timesteps)
     if scheduler.config.prediction_type == "v_prediction":
         target = scheduler.get_velocity(pixel_values, noise, timesteps)
@@ -63,5 +58,18 @@ def diffusion_loss(model, scheduler, pixel_values, encoder_hidden_states, encode
     prediction = model(sample, timesteps, encoder_hidden_states, encoder_attention_mask, return_dict=False)[0]
     if prediction.shape != target.shape:
         raise ValueError(f"the model predicts {tuple(prediction.shape)}, not the images' {tuple(target.shape)}")
-    loss = (prediction.float() - target).square().flatten(1).mean(dim=1)  # (batch,)
+    return (prediction.float() - target).square().flatten(1).mean(dim=1)
+
+
+def diffusion_loss(model, scheduler, pixel_values, encoder_hidden_states, encoder_attention_mask, weights=None):
+    """Return the mean of [`denoising_errors`] at random noise levels, a scalar `torch.Tensor`.
+
+    Args:
+        model, scheduler, pixel_values, encoder_hidden_states, encoder_attention_mask: see there.
+        weights (`torch.Tensor` of shape `(num_train_timesteps,)`, *optional*): weight of each timestep.
+    """
+    noise = torch.randn_like(pixel_values)
+    timesteps = stratified_timesteps(len(pixel_values), scheduler.config.num_train_timesteps, pixel_values.device)
+    text = encoder_hidden_states, encoder_attention_mask
+    loss = denoising_errors(model, scheduler, pixel_values, noise, timesteps, *text)
     return loss.mean() if weights is None else (loss * weights.to(loss)[timesteps]).mean()

@@ -1,15 +1,8 @@
 """Measures of a text-to-image model of labelled images: fidelity, diversity, distance to real, copies, usefulness."""
 
-from visbio_diffusers.evaluation.features import ImageClassifier, train_classifier, weights_hash
-from visbio_diffusers.evaluation.images import (
-    Split,
-    as_split,
-    balanced_labels,
-    generate_images,
-    heldout_prompts,
-    read_images,
-    save_images,
-)
+from visbio_diffusers.evaluation.features import ImageClassifier, ImageEncoder, weights_hash
+from visbio_diffusers.evaluation.images import Split, as_split, read_images, save_images
+from visbio_diffusers.evaluation.judges import train_classifier, train_encoder
 from visbio_diffusers.evaluation.protocol import (
     EVALUATORS,
     Evaluator,
@@ -23,12 +16,14 @@ from visbio_diffusers.evaluation.protocol import (
     real_training_images,
 )
 from visbio_diffusers.evaluation.report import environment, render_card_results, write_results
+from visbio_diffusers.evaluation.sampling import balanced_labels, generate_images, heldout_prompts, store_name
 
 
 __all__ = [
     "EVALUATORS",
     "Evaluator",
     "ImageClassifier",
+    "ImageEncoder",
     "Reference",
     "Split",
     "as_split",
@@ -46,7 +41,9 @@ __all__ = [
     "real_training_images",
     "render_card_results",
     "save_images",
+    "store_name",
     "train_classifier",
+    "train_encoder",
     "weights_hash",
     "write_results",
 ]

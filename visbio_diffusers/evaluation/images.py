@@ -1,23 +1,15 @@
-"""Labelled images to evaluate: drawn from a pipeline by prompts, or read from files."""
+"""Labelled images to evaluate, in memory and in files."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from tqdm.auto import tqdm
 
 from visbio_diffusers.data import ImageDataset, load_image_dataset
 from visbio_diffusers.data.npz import read_npz_split
 from visbio_diffusers.files import whole_file
-
-
-if TYPE_CHECKING:
-    from visbio_diffusers.captions import CaptionBank
-    from visbio_diffusers.pipelines.pipeline_visbio import VisBioPipeline
 
 
 @dataclass(frozen=True)
@@ -70,48 +62,6 @@ def read_images(source: str | Path, class_names: tuple[str, ...], caption_bank: 
     if labels.min() < 0 or labels.max() >= len(class_names):
         raise ValueError(f"{source} has labels outside 0 to {len(class_names) - 1}, the classes of the real images")
     return Split(images, labels)
-
-
-def balanced_labels(num_images: int, num_classes: int) -> np.ndarray:
-    """Return `num_images` class indices, 0, 1, 2, ..., 0, 1, ...: as many of every class, give or take one."""
-    return np.arange(num_images) % num_classes
-
-
-def heldout_prompts(bank: CaptionBank, labels: np.ndarray) -> list[str]:
-    """Return a held-out caption per label, going through those of its class in turn; empty if a class has none."""
-    captions = {label: bank.heldout_captions(int(label)) for label in np.unique(labels)}
-    if not all(captions.values()):
-        return []
-    drawn = dict.fromkeys(captions, 0)
-    prompts = []
-    for label in labels:
-        prompts.append(captions[label][drawn[label] % len(captions[label])])
-        drawn[label] += 1
-    return prompts
-
-
-def generate_images(
-    pipe: VisBioPipeline, prompts: list[str], first_seed: int = 0, batch_size: int = 64, **options
-) -> np.ndarray:
-    """Draw one image per prompt; image i has a generator of its own with the seed `first_seed + i`.
-
-    Args:
-        pipe (`VisBioPipeline`): on the device to use.
-        options: for the pipeline's call, such as `guidance_scale`.
-
-    Returns:
-        uint8 images of shape `(n, height, width, channels)`.
-    """
-    pipe.set_progress_bar_config(disable=True)
-    batches = []
-    with tqdm(total=len(prompts), desc="generating", unit="image") as bar:
-        for start in range(0, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            generators = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(batch))]
-            images = pipe(prompt=batch, generator=generators, output_type="np", **options).images
-            batches.append((images * 255).round().astype(np.uint8))
-            bar.update(len(batch))
-    return np.concatenate(batches)
 
 
 def save_images(path: str | Path, generated: Split, prompts: list[str]) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from visbio_diffusers.evaluation import features as evaluator_features
-from visbio_diffusers.evaluation.features import ImageClassifier, predictions, train_classifier, weights_hash
+from visbio_diffusers.evaluation.features import ImageClassifier, ImageEncoder, predictions, weights_hash
 from visbio_diffusers.evaluation.images import Split
+from visbio_diffusers.evaluation.judges import train_classifier, train_encoder
 from visbio_diffusers.evaluation.memorization import near_copies, nearest_distances
 from visbio_diffusers.evaluation.metrics import (
     class_weights,
@@ -19,33 +20,43 @@ from visbio_diffusers.evaluation.metrics import (
     proportion_interval,
     within_class_distance,
 )
+from visbio_diffusers.evaluation.neighbours import kernel_distance_with_interval, manifold_measures_with_intervals
 
 
-# Two judges that share neither seed nor shape: what only one of them sees is not to be believed.
+# Two classifiers that share neither seed nor shape: what only one of them sees is not to be believed. The third has
+# learned without labels, and sees what no class depends on.
 EVALUATORS = {
     "cnn3": {"width": 64, "kernel_size": 3, "seed": 0},
     "cnn5": {"width": 40, "kernel_size": 5, "seed": 1},
+    "simclr": {"width": 64, "kernel_size": 3, "seed": 2},
 }
+SELF_SUPERVISED = ("simclr",)
+SELF_SUPERVISED_BATCH = 256
 
 FLOOR_DRAWS = 20  # one draw of 1,024 real images gives a Frechet distance between a third and twice the mean
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A classifier trained on the train split, with its features of the real images.
+    """A network trained on the train split, with its features of the real images.
 
     Args:
         name (`str`): stands in the name of the distance, FD-`name`.
-        model (`ImageClassifier`): in evaluation mode.
+        model (`ImageEncoder`): in evaluation mode; an `ImageClassifier` can also say what an image shows.
         training (`dict`): how it was trained.
         train_features, test_features (`np.ndarray` of shape `(n, d)`): of the two splits.
     """
 
     name: str
-    model: ImageClassifier
+    model: ImageEncoder
     training: dict
     train_features: np.ndarray
     test_features: np.ndarray
+
+    @property
+    def classifies(self) -> bool:
+        """Whether it can say what an image shows."""
+        return isinstance(self.model, ImageClassifier)
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,7 @@ class Reference:
         train, test (`Split`): real images; test ones were seen by no model and no evaluator.
         matched (`list` of `np.ndarray`): draws of rows of `train`, each with as many images of every class as the
             evaluated set has. All make the floor of the distance; the first one stands for real images elsewhere.
+        matched_test (`np.ndarray`): rows of `test`, drawn in the same way, for measures that cannot weigh images.
         weights (`np.ndarray`): of the test images, bringing them to the class shares of the evaluated set.
         evaluators (`list` of `Evaluator`): the judges.
         test_distances (`np.ndarray`): from every test image to its nearest training image, in [0, 1] pixels.
@@ -69,6 +81,7 @@ class Reference:
     train: Split
     test: Split
     matched: list[np.ndarray]
+    matched_test: np.ndarray
     weights: np.ndarray
     evaluators: list[Evaluator]
     test_distances: np.ndarray
@@ -112,15 +125,14 @@ def load_evaluators(
     for name, settings in EVALUATORS.items():
         path = Path(folder) / name
         if not path.is_dir():
-            settings = {**settings, "steps": steps, "flip": flip}
-            model = train_classifier(
-                train.images,
-                train.labels,
-                num_classes=num_classes,
-                device=device,
-                description=f"training evaluator {name}",
-                **settings,
-            )
+            settings = {**settings, "flip": flip}
+            common = {"device": device, "description": f"training evaluator {name}"}
+            if name in SELF_SUPERVISED:
+                settings |= {"batch_size": SELF_SUPERVISED_BATCH, "steps": max(1, steps * 64 // SELF_SUPERVISED_BATCH)}
+                model = train_encoder(train.images, **settings, **common)
+            else:
+                settings["steps"] = steps
+                model = train_classifier(train.images, train.labels, num_classes=num_classes, **settings, **common)
             training = {**settings, "train_images": len(train.images), "train_sha256": digest}
             evaluator_features.save(model, path, training)
         model, training = evaluator_features.load(path, device)
@@ -153,6 +165,7 @@ def make_reference(
         train=train,
         test=test,
         matched=[match_classes(train.labels, labels, seed + draw) for draw in range(FLOOR_DRAWS)],
+        matched_test=match_classes(test.labels, labels, seed),
         weights=class_weights(test.labels, labels),
         evaluators=evaluators,
         test_distances=nearest_distances(test.images, train.images, device=device)[0],
@@ -173,7 +186,9 @@ def describe_evaluators(reference: Reference) -> list[dict]:
             "training": judge.training,
             "real_test": fidelity(
                 predictions(judge.model, judge.test_features), reference.test.labels, reference.class_names
-            ),
+            )
+            if judge.classifies
+            else None,
         }
         for judge in reference.evaluators
     ]
@@ -187,9 +202,11 @@ def measure(generated: Split, reference: Reference, cas_steps: int = 0) -> dict:
 
     Returns:
         `near_copies_pixels` (which sees smooth images nearer than they are: compare it with the features), and under
-        `evaluators` for each judge: `fidelity`; `within_class_distance`, also of recognised images alone, since
-        images of wrong classes are far from the others; `frechet` to the real test images, with the class shares of
-        the evaluated ones, its floor from training images; `near_copies` in features.
+        `evaluators` for each judge: `within_class_distance`; `frechet` to the real test images, with the class shares
+        of the evaluated ones, and its floor from training images; `kernel_distance` and `manifold` (precision, recall,
+        density, coverage) to real test images, each beside that of real training images; `near_copies` in features.
+        Of classifiers also `fidelity`, and `recognised_within_class_distance`, since images of wrong classes are far
+        from the others.
     """
     distances, _ = nearest_distances(generated.images, reference.train.images, device=reference.device)
     result = {
@@ -203,22 +220,44 @@ def measure(generated: Split, reference: Reference, cas_steps: int = 0) -> dict:
 
 
 def _judged(generated: Split, reference: Reference, judge: Evaluator) -> dict:
-    names, seed, labels = reference.class_names, reference.seed, generated.labels
+    seed, labels = reference.seed, generated.labels
     features = evaluator_features.features(judge.model, generated.images)
-    answers = predictions(judge.model, features)
     draws = [(judge.train_features[rows], reference.train.labels[rows]) for rows in reference.matched]
     real, real_labels = draws[0]
-    right, real_right = answers == labels, predictions(judge.model, real) == real_labels
-    recognised = features[right], labels[right], real[real_right], real_labels[real_right]
     floors = [(rows, class_weights(row_labels, labels)) for rows, row_labels in draws]
+    sets, test_rows = {"generated": features, "real": real}, judge.test_features[reference.matched_test]
     test_distances, _ = nearest_distances(judge.test_features, judge.train_features, device=reference.device)
     distances, _ = nearest_distances(features, judge.train_features, device=reference.device)
+    pair = features, labels, real, real_labels
+    return {
+        **(_recognised(*pair, reference, judge) if judge.classifies else {}),
+        "within_class_distance": within_class_distance(*pair, reference.class_names, seed=seed),
+        "frechet": frechet_with_floor(features, floors, judge.test_features, reference.weights, seed=seed),
+        "kernel_distance": {
+            kind: kernel_distance_with_interval(rows, test_rows, seed=seed) for kind, rows in sets.items()
+        },
+        "manifold": {
+            kind: manifold_measures_with_intervals(rows, test_rows, seed=seed) for kind, rows in sets.items()
+        },
+        "near_copies": near_copies(distances, test_distances, reference.weights),
+    }
+
+
+def _recognised(
+    features: np.ndarray,
+    labels: np.ndarray,
+    real: np.ndarray,
+    real_labels: np.ndarray,
+    reference: Reference,
+    judge: Evaluator,
+) -> dict:
+    """Return what only a classifier can say: which images show their class, and how these alone vary."""
+    names, answers = reference.class_names, predictions(judge.model, features)
+    right, real_right = answers == labels, predictions(judge.model, real) == real_labels
+    among = features[right], labels[right], real[real_right], real_labels[real_right]
     return {
         "fidelity": fidelity(answers, labels, names),
-        "within_class_distance": within_class_distance(features, labels, real, real_labels, names, seed=seed),
-        "recognised_within_class_distance": within_class_distance(*recognised, names, seed=seed),
-        "frechet": frechet_with_floor(features, floors, judge.test_features, reference.weights, seed=seed),
-        "near_copies": near_copies(distances, test_distances, reference.weights),
+        "recognised_within_class_distance": within_class_distance(*among, names, seed=reference.seed),
     }
 
 
@@ -226,7 +265,7 @@ def measure_wording(generated: Split, prompts: list[str], reference: Reference) 
     """Measure how many images of each prompt are recognised as its class, per judge; `prompts` has one per image."""
     wordings = np.array(prompts)
     result = {}
-    for judge in reference.evaluators:
+    for judge in filter(lambda judge: judge.classifies, reference.evaluators):
         answers = predictions(judge.model, evaluator_features.features(judge.model, generated.images))
         hits = answers == generated.labels
         result[judge.name] = {

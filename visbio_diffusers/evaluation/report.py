@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import visbio_diffusers
+from visbio_diffusers.evaluation.neighbours import MANIFOLD_MEASURES
 from visbio_diffusers.files import whole_file
 
 
@@ -72,6 +73,14 @@ def render_card_results(results: dict) -> str:
     Args:
         results (`dict`): content of a results.json.
     """
+    rows = card_rows(results)
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + " --- |" * len(rows[0]))
+    return "\n".join([*lines, "", _footnote(results)]) + "\n"
+
+
+def card_rows(results: dict) -> list[list[str]]:
+    """Return the rows of the table, its header first: measure, each run, real images."""
     runs = results["runs"]
     rows = [["Measure (95 % interval)", *map(_run_title, runs), "Real images"]]
     for judge in results["evaluators"]:
@@ -82,9 +91,7 @@ def render_card_results(results: dict) -> str:
         real = results["real_training_images"]["classification_accuracy_score"]
         title = "Accuracy on real test images of a classifier trained on these images alone (CAS)"
         rows.append([title, *map(_cell, scores), _cell(real)])
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|" + " --- |" * len(rows[0]))
-    return "\n".join([*lines, "", _footnote(results)]) + "\n"
+    return rows
 
 
 def _run_title(run: dict) -> str:
@@ -92,31 +99,46 @@ def _run_title(run: dict) -> str:
     return "Generated" if scale is None else f"Generated, guidance {scale:g}"
 
 
-def _cell(entry: dict | None, digits: int = 3) -> str:
+def _cell(entry: dict | None, digits: int = 3, scale: float = 1) -> str:
     if entry is None:  # too few images to tell
         return "-"
-    return f"{entry['value']:.{digits}f} ({entry['low']:.{digits}f} to {entry['high']:.{digits}f})"
+    value, low, high = (entry[name] * scale for name in ("value", "low", "high"))
+    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def _judge_rows(judge: dict, runs: list[dict]) -> list[list[str]]:
     name = judge["name"]
     measured = [run["evaluators"][name] for run in runs]
-    real_accuracy = _cell(judge["real_test"]["overall"])
-    kinds = [
-        ("Recognised as the class in the prompt ({})", ("fidelity", "overall"), real_accuracy),
-        ("Distance within a class, generated / real ({})", ("within_class_distance", "ratio"), "1"),
-        ("The same, recognised images only ({})", ("recognised_within_class_distance", "ratio"), "1"),
-        ("FD-{} to real test images", ("frechet", "value"), _cell(measured[0]["frechet"]["floor"])),
-        ("FD-{} / that of as many real training images", ("frechet", "ratio"), "1"),
+    floor = _cell(measured[0]["frechet"]["floor"])
+    rows = [] if judge["real_test"] is None else _recognition_rows(judge, runs)
+    rows += [
+        _row(f"Distance within a class, generated / real ({name})", measured, "within_class_distance", "ratio", "1"),
+        _row(f"FD-{name} to real test images", measured, "frechet", "value", floor),
+        _row(f"FD-{name} / that of as many real training images", measured, "frechet", "ratio", "1"),
     ]
-    rows = [
-        [title.format(name), *(_cell(entry[measure][part]) for entry in measured), real]
-        for title, (measure, part), real in kinds
-    ]
+    kernel = [entry["kernel_distance"] for entry in measured]
+    cells = [_cell(entry, scale=1000) for entry in [*(each["generated"] for each in kernel), kernel[0]["real"]]]
+    rows.append([f"Kernel distance of {name} features to real test images, x 1000", *cells])
+    for measure in MANIFOLD_MEASURES:
+        cells = [_cell(entry["manifold"]["generated"][measure]) for entry in measured]
+        rows.append([f"{measure.capitalize()} ({name})", *cells, _cell(measured[0]["manifold"]["real"][measure])])
+    return rows + _copy_rows(f"nearest in features of {name}", [m["near_copies"] for m in measured])
+
+
+def _recognition_rows(judge: dict, runs: list[dict]) -> list[list[str]]:
+    """Return the rows that only a classifier has."""
+    name, real = judge["name"], _cell(judge["real_test"]["overall"])
+    measured = [run["evaluators"][name] for run in runs]
+    rows = [_row(f"Recognised as the class in the prompt ({name})", measured, "fidelity", "overall", real)]
     if all("heldout_wording" in run for run in runs):
         cells = [_cell(run["heldout_wording"][name]["overall"]) for run in runs]
-        rows.insert(1, [f"The same, prompts in held-out wording ({name})", *cells, real_accuracy])
-    return rows + _copy_rows(f"nearest in features of {name}", [m["near_copies"] for m in measured])
+        rows.append([f"The same, prompts in held-out wording ({name})", *cells, real])
+    title = f"Distance within a class, recognised images only ({name})"
+    return [*rows, _row(title, measured, "recognised_within_class_distance", "ratio", "1")]
+
+
+def _row(title: str, measured: list[dict], measure: str, part: str, real: str) -> list[str]:
+    return [title, *(_cell(entry[measure][part]) for entry in measured), real]
 
 
 def _copy_rows(space: str, copies: list[dict]) -> list[list[str]]:

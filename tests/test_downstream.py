@@ -1,0 +1,38 @@
+"""The low-data regime: subsets, mixtures, and classifiers that profit from good images and not from wrong ones."""
+
+import numpy as np
+import pytest
+from test_evaluation import NAMES, toy_images
+
+from visbio_diffusers.evaluation import downstream
+from visbio_diffusers.evaluation.images import Split
+
+
+def test_few_of_each_are_as_many_of_every_class_and_repeatable():
+    train = toy_images(160, 0)
+    few = downstream.few_of_each(train, 3, seed=1)
+    assert np.bincount(few.labels).tolist() == [3] * 8
+    assert (few.images == downstream.few_of_each(train, 3, seed=1).images).all()
+    assert (few.images != downstream.few_of_each(train, 3, seed=2).images).any()
+    with pytest.raises(ValueError, match="class 0 has 20 images, not 21"):
+        downstream.few_of_each(train, 21, seed=0)
+
+
+@pytest.mark.parametrize(("num_real", "num_synthetic", "expected"), [(16, 40, 48 + 40), (40, 16, 40 + 16)])
+def test_mixture_keeps_real_images_from_drowning(num_real, num_synthetic, expected):
+    real, synthetic = toy_images(num_real, 0), toy_images(num_synthetic, 1)
+    both = downstream.mixed(real, synthetic)
+    assert len(both.labels) == len(both.images) == expected
+    assert (both.images[-num_synthetic:] == synthetic.images).all()
+
+
+def test_more_images_help_and_wrong_labels_harm():
+    few, more, test = toy_images(8, 0), toy_images(160, 1), toy_images(160, 2)
+    wrong = Split(more.images, np.roll(more.labels, 1))
+    settings = {"num_classes": len(NAMES), "steps": 30, "seeds": [0, 1], "device": "cpu"}
+    alone, helped, harmed = (
+        downstream.accuracy_of_training(split, test, **settings)
+        for split in (few, downstream.mixed(few, more), downstream.mixed(few, wrong))
+    )
+    assert helped["value"] > alone["value"] > harmed["value"]
+    assert helped["low"] <= helped["value"] <= helped["high"] and len(helped["per_seed"]) == 2

@@ -1,0 +1,126 @@
+"""The audit finds planted copies, whatever was done to them, and finds none among images that nobody trained on."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from visbio_diffusers.evaluation import memorization
+from visbio_diffusers.evaluation.audit import AuditConfig, audit
+
+
+SIZE = 16
+
+
+def _blobs(seed, n):
+    """Return smooth random colour images (n, SIZE, SIZE, 3), uint8."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.uniform(30, 220, size=(n, 6, 6, 3))
+    return coarse.repeat(3, axis=1).repeat(3, axis=2)[:, 1 : SIZE + 1, 1 : SIZE + 1].astype(np.uint8)
+
+
+def _moved(images):
+    return np.roll(images, (1, -2), axis=(1, 2))
+
+
+def _recoloured(images):
+    return (255 - 0.6 * (255 - images.astype(float)) * [1.1, 0.9, 1.0]).clip(0, 255).astype(np.uint8)
+
+
+DISGUISES = {
+    "none": lambda images: images,
+    "mirrored": lambda images: images[:, :, ::-1],
+    "turned": lambda images: np.rot90(images, axes=(1, 2)),
+    "moved": _moved,
+    "recoloured": _recoloured,
+    "all": lambda images: _recoloured(_moved(np.rot90(images[:, ::-1], axes=(1, 2)))),
+}
+
+
+@pytest.mark.parametrize("disguise", DISGUISES)
+def test_a_disguised_copy_is_traced_to_its_original(disguise):
+    bank, unseen = _blobs(0, 80), _blobs(1, 80)
+    correlations, rows = memorization.best_matches(np.ascontiguousarray(DISGUISES[disguise](bank[:20])), bank)
+    others, _ = memorization.best_matches(unseen, bank)
+    assert rows.tolist() == list(range(20))
+    assert correlations.min() > 0.95 > others.max() + 0.05
+
+
+def test_matches_do_not_depend_on_chunks_and_sizes_must_fit():
+    bank, queries = _blobs(0, 30), _blobs(2, 21)
+    whole, parts = (memorization.best_matches(queries, bank, chunk_size=size) for size in (64, 8))
+    np.testing.assert_allclose(whole[0], parts[0], atol=1e-6)
+    assert whole[1].tolist() == parts[1].tolist()
+    with pytest.raises(ValueError, match="one square size"):
+        memorization.best_matches(queries[:, :10], bank)
+
+
+def test_membership_auc_is_the_mann_whitney_statistic_with_an_interval():
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    members, others = rng.normal(0, 1, 200).round(1), rng.normal(0.5, 1, 150).round(1)
+    entry = memorization.membership_auc(members, others)
+    expected = stats.mannwhitneyu(others, members).statistic / (200 * 150)
+    assert entry["value"] == pytest.approx(expected)
+    assert entry["low"] < stats.norm.cdf(0.5 / np.sqrt(2)) < entry["high"] and entry["n"] == 350
+    covered = 0
+    for seed in range(100):
+        a, b = np.random.default_rng(seed).normal(size=(2, 60))
+        null = memorization.membership_auc(a, b)
+        covered += null["low"] <= 0.5 <= null["high"]
+    assert 89 <= covered <= 99  # 95 are expected
+    with pytest.raises(ValueError, match="at least 2 images"):
+        memorization.membership_auc(members[:1], others)
+
+
+def test_denoising_losses_are_the_training_loss_and_repeatable(tiny_pipeline):
+    size = tiny_pipeline.unet.config.sample_size
+    images = np.random.default_rng(0).integers(0, 256, (5, size, size, 3)).astype(np.uint8)
+    prompts = ["a cell", "a monocyte", "a cell", "a small cell", "a platelet"]
+    losses = memorization.denoising_losses(tiny_pipeline, images, prompts)
+    again = memorization.denoising_losses(tiny_pipeline, images, prompts, batch_size=2)
+    np.testing.assert_allclose(losses, again, rtol=1e-4)
+    assert losses.shape == (5,) and (losses > 0).all()
+    other = memorization.denoising_losses(tiny_pipeline, images, prompts, seed=9)
+    assert not np.allclose(losses, other)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """Return a folder with a toy set of blobs, and with images to audit: fresh ones, and disguised training images."""
+    folder = tmp_path_factory.mktemp("audit")
+    labels = np.arange(160) % 8
+    splits = {"train": _blobs(0, 160), "test": _blobs(1, 160)}
+    arrays = {f"{name}_images": images for name, images in splits.items()}
+    arrays |= {f"{name}_labels": labels[:, None] for name in splits}
+    np.savez(folder / "bloodmnist_toy.npz", **arrays)
+    np.savez(folder / "fresh.npz", train_images=_blobs(2, 80), train_labels=labels[:80])
+    np.savez(folder / "copied.npz", train_images=DISGUISES["all"](splits["train"][:80]), train_labels=labels[:80])
+    return folder
+
+
+@pytest.mark.parametrize(("images", "least", "most"), [("fresh.npz", 0.0, 0.15), ("copied.npz", 1.0, 1.0)])
+def test_audit_tells_copies_from_fresh_images(images, least, most, workspace, tmp_path, monkeypatch):
+    monkeypatch.chdir(workspace)
+    config = AuditConfig(dataset_name="bloodmnist_toy.npz", images=images, output=str(tmp_path), device="cpu")
+    assert audit(config) == 0
+    results = json.loads((tmp_path / "audit.json").read_text())
+    assert least <= results["near_copies"]["shape"]["0.05"]["value"] <= most
+    assert results["n"] == 80 and results["n_unseen"] == 160 and "membership_inference" not in results
+    with Image.open(tmp_path / "closest_pairs.png") as sheet:
+        assert sheet.size[0] == 8 * 128 and sheet.size[1] > 6 * 120  # 24 pairs, four in a row
+
+
+def test_audit_of_a_model_asks_it_what_it_was_trained_on(workspace, tiny_pipeline_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(workspace)
+    settings = {"num_images": 16, "num_members": 40, "batch_size": 8, "device": "cpu"}
+    config = AuditConfig(
+        dataset_name="bloodmnist_toy.npz", model=str(tiny_pipeline_dir), output=str(tmp_path / "out"), **settings
+    )
+    assert audit(config) == 0
+    results = json.loads((tmp_path / "out" / "audit.json").read_text())
+    auc = results["membership_inference"]["auc"]
+    assert auc["n"] == 80 and auc["low"] < 0.5 < auc["high"]  # it was trained on neither
+    assert results["model_sha256"] and results["n"] == 16
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["audit.json", "closest_pairs.png"]

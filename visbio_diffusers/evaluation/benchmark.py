@@ -1,0 +1,250 @@
+"""The standard report: draw images from a model (or read some), measure them against a real set, write results.json.
+
+Run by `visbio evaluate` and, on several processes, by `accelerate launch train_scripts/evaluate.py`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+
+from visbio_diffusers.captions import CaptionBank, load_bank
+from visbio_diffusers.data import ImageDataset, load_image_dataset
+from visbio_diffusers.evaluation.features import weights_hash
+from visbio_diffusers.evaluation.images import Split, as_split, read_images, save_images
+from visbio_diffusers.evaluation.page import write_page
+from visbio_diffusers.evaluation.protocol import (
+    Evaluator,
+    Reference,
+    classification_accuracy_score,
+    describe_evaluators,
+    load_evaluators,
+    make_reference,
+    measure,
+    measure_wording,
+    real_training_images,
+)
+from visbio_diffusers.evaluation.report import environment, render_card_results, write_results
+from visbio_diffusers.evaluation.sampling import balanced_labels, generate_images, heldout_prompts, store_name
+from visbio_diffusers.grid import contact_sheet
+from visbio_diffusers.load import load_pipeline
+
+
+SHEET_PER_CLASS = 12
+
+
+def _flag(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measure generated images: fidelity, diversity, distance to real ones, near-copies, usefulness for training."""
+
+    dataset_name: str = field(metadata={"help": "real images, splits train and test: flag, npz or folder"})
+    output: str = field(
+        metadata={"help": "JSON file for the results; the Markdown table and a page of HTML go beside it"}
+    )
+    caption_bank: str = _flag("", "bank of a set that has none of its own: name, or YAML file")
+    model: str = _flag("", "folder or Hub id of the pipeline to measure")
+    images: str = _flag("", "instead of a model: npz with train_images and train_labels, or a labelled image folder")
+    num_images: int = _flag(1024, "images to generate, as many of every class")
+    num_wording_images: int = _flag(1024, "images to generate from held-out wording; 0 leaves them out")
+    guidance_scale: list[float] = field(
+        default_factory=list, metadata={"help": "one or more values, each measured; default is the pipeline's"}
+    )
+    guidance_interval: list[float] = field(
+        default_factory=list, metadata={"help": "low and high share of the timesteps that are guided"}
+    )
+    num_inference_steps: int = _flag(0, "denoising steps; 0 is the pipeline's default")
+    batch_size: int = _flag(64, "images generated at once")
+    seed: int = _flag(0, "seed of the generated images, the real images beside them, and the resampling")
+    evaluators: str = _flag("runs/evaluators", "folder of the evaluators of this data set; trained when empty")
+    evaluator_steps: int = _flag(2000, "optimizer steps of an evaluator")
+    cas_steps: int = _flag(600, "optimizer steps of a classifier trained on the generated images alone")
+    flip: bool = _flag(True, "train classifiers on mirror images too; not where left and right are classes")
+    fast: bool = _flag(False, "leave out the classifiers trained on generated images")
+    keep: bool = _flag(False, "keep the generated images as npz beside the results")
+    device: str = _flag("cuda" if torch.cuda.is_available() else "cpu", "where to generate and to measure")
+
+    def __post_init__(self) -> None:
+        """Check what the types do not."""
+        if bool(self.model) == bool(self.images):
+            raise ValueError("give either --model or --images")
+        if self.images and (self.guidance_scale or self.guidance_interval or self.num_inference_steps):
+            raise ValueError("guidance_scale, guidance_interval and num_inference_steps need --model")
+        if min(self.num_images, self.batch_size, self.evaluator_steps, self.cas_steps) < 1:
+            raise ValueError("num_images, batch_size, evaluator_steps and cas_steps must be at least 1")
+        if self.num_wording_images < 0:
+            raise ValueError("num_wording_images must be at least 0")
+
+    @property
+    def store(self) -> Path:
+        """Folder of the images of an evaluation that is under way."""
+        return Path(self.output).with_suffix(".images")
+
+
+class Sample(NamedTuple):
+    """One set to measure: how it was drawn and its cost (`facts`), and its images, also those of held-out wording."""
+
+    facts: dict
+    plain: Split
+    prompts: list[str] | None = None
+    wording: Split | None = None
+    wording_prompts: list[str] | None = None
+
+
+def evaluate(config: EvaluateConfig) -> int:
+    """Measure, write the results anew after every set, and return 0; the settings are those of `EvaluateConfig`.
+
+    Raises:
+        ValueError: for settings, images or models that cannot be measured; the message names the way out.
+        OSError: if something cannot be read or written.
+    """
+    started, state = time.perf_counter(), PartialState()
+    real = _load_real(config, "test")
+    if real.class_names is None or (config.model and real.bank is None):
+        raise ValueError(f"{real.name} has no captions for its classes: name a --caption_bank")
+    facts: dict[str, Any] = {}
+    if config.model:
+        pipe, facts = load_pipeline(config.model, _own_device(config, state))
+        samples = draw_samples(pipe, facts, load_bank(real.bank), config)
+    else:
+        samples = [Sample({}, read_images(config.images, real.class_names, real.bank))]
+    if not state.is_main_process:
+        return 0
+    reference = prepare_reference(config, samples[0].plain)
+    check_independent(reference.evaluators, facts)
+    results = {
+        **environment(),
+        "source": config.model or config.images,
+        "model_sha256": facts.get("model_sha256"),
+        "processes": state.num_processes,
+        "dataset": real.name,
+        "split": {"reference": "test", "num_train": len(reference.train.labels), "num_test": len(real)},
+        "seed": config.seed,
+        "evaluators": describe_evaluators(reference),
+        "runs": [],
+    }
+    if not config.fast:
+        score = classification_accuracy_score(real_training_images(reference), reference, config.cas_steps)
+        results["real_training_images"] = {"classification_accuracy_score": score}
+    for sample in samples:
+        results["runs"].append(_measured(sample, reference, config))
+        results["wall_clock_seconds"] = time.perf_counter() - started
+        write_results(results, config.output)
+        Path(config.output).with_suffix(".md").write_text(render_card_results(results), encoding="utf-8")
+        write_page(results, _pictures(samples[0], reference), Path(config.output).with_suffix(".html"))
+    shutil.rmtree(config.store, ignore_errors=True)
+    return 0
+
+
+def draw_samples(pipe, facts: dict, bank: CaptionBank, config: EvaluateConfig) -> list[Sample]:
+    """Draw the images of every guidance scale, by plain prompts and by held-out wording."""
+    labels = balanced_labels(config.num_images, len(bank.class_names))
+    wording_labels = balanced_labels(config.num_wording_images, len(bank.class_names))
+    prompts = [bank.plain_caption(int(label)) for label in labels]
+    wording_prompts = heldout_prompts(bank, wording_labels)
+    scheduler = type(pipe.scheduler).__name__, dict(pipe.scheduler.config)
+
+    def draw(texts: list[str], seed: int, options: dict):
+        store = config.store / store_name(facts, scheduler, texts, seed, config.batch_size, options)
+        return generate_images(pipe, texts, seed, config.batch_size, store=store, **options)
+
+    defaults = inspect.signature(type(pipe).__call__).parameters
+    options = {"num_inference_steps": config.num_inference_steps, "guidance_interval": config.guidance_interval}
+    options = {name: value for name, value in options.items() if value}
+    samples = []
+    for scale in [{"guidance_scale": value} for value in config.guidance_scale] or [{}]:
+        chosen = scale | options
+        drawn = draw(prompts, config.seed, chosen)
+        used = {
+            name: chosen.get(name, defaults[name].default)
+            for name in ("guidance_scale", "guidance_interval", "num_inference_steps")
+            if name in defaults
+        }
+        cost = {"seconds_per_image": drawn.seconds_per_image, "peak_memory_gb": _peak_memory_gb(pipe.device)}
+        wording = None
+        if wording_prompts:
+            seed = config.seed + len(labels)
+            wording = Split(draw(wording_prompts, seed, chosen).images, wording_labels)
+        facts_of_run = used | {"scheduler": scheduler[0]} | cost
+        samples.append(Sample(facts_of_run, Split(drawn.images, labels), prompts, wording, wording_prompts))
+    return samples
+
+
+def prepare_reference(config: EvaluateConfig, generated: Split) -> Reference:
+    """Return real images of the form of the evaluated ones, with evaluators trained on them."""
+    form = {"resolution": generated.images.shape[1], "channels": generated.images.shape[3]}
+    real = [_load_real(config, split, **form) for split in ("train", "test")]
+    names = real[0].class_names
+    train, test = map(as_split, real)
+    options = {"flip": config.flip, "device": config.device}
+    judges = load_evaluators(config.evaluators, train, test, len(names), config.evaluator_steps, **options)
+    return make_reference(names, train, test, judges, generated.labels, seed=config.seed, **options)
+
+
+def check_independent(evaluators: list[Evaluator], facts: dict) -> None:
+    """Refuse an evaluator that was the reward which the measured model was tuned with.
+
+    Raises:
+        ValueError: naming it.
+    """
+    rewards = facts.get("reward_sha256", "").split(", ")
+    for judge in evaluators:
+        if weights_hash(judge.model) in rewards:
+            raise ValueError(
+                f"evaluator {judge.name} was the reward that this model was tuned with, so it would praise itself: "
+                "name a folder of other --evaluators"
+            )
+
+
+def _load_real(config: EvaluateConfig, split: str, **form: int) -> ImageDataset:
+    return load_image_dataset(config.dataset_name, split, caption_bank=config.caption_bank or None, **form)
+
+
+def _own_device(config: EvaluateConfig, state: PartialState) -> str:
+    several = config.device == "cuda" and state.num_processes > 1
+    return f"cuda:{state.local_process_index}" if several else config.device
+
+
+def _peak_memory_gb(device: torch.device) -> float:
+    """Return the peak of the memory that this process has held, on the GPU if it draws there."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def _pictures(sample: Sample, reference: Reference) -> dict[str, Image.Image]:
+    """Return a sheet of the first images of every class, and one of real images in the same order."""
+    sheets = {}
+    real = real_training_images(reference)
+    for title, split in (("Generated images", sample.plain), ("Real training images", real)):
+        rows = [row for k in np.unique(split.labels) for row in np.flatnonzero(split.labels == k)[:SHEET_PER_CLASS]]
+        images = [Image.fromarray(split.images[row].squeeze()) for row in rows]
+        captions = [reference.class_names[split.labels[row]] for row in rows]
+        sheets[title] = contact_sheet(images, captions, SHEET_PER_CLASS, tile=84, caption_lines=1)
+    return sheets
+
+
+def _measured(sample: Sample, reference: Reference, config: EvaluateConfig) -> dict:
+    result = dict(sample.facts)
+    if config.keep and sample.prompts:
+        name = f"{Path(config.output).stem}-guidance-{sample.facts['guidance_scale']:g}.npz"
+        save_images(Path(config.output).with_name(name), sample.plain, sample.prompts)
+    result |= measure(sample.plain, reference, 0 if config.fast else config.cas_steps)
+    if sample.wording is not None:
+        result["heldout_wording"] = measure_wording(sample.wording, sample.wording_prompts, reference)
+    return result
