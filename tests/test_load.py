@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DConditionModel, UNet2DModel
 
 from visbio_diffusers import VisBioPipeline, load
 
@@ -62,6 +63,44 @@ def test_shipped_model_is_found_in_a_wheel_and_beside_the_package(tmp_path, monk
         folder.mkdir(parents=True)
         Path(folder, "model_index.json").write_text("{}")
         assert load.default_model() == folder
+
+
+def test_a_pipeline_with_the_unet_of_diffusers_draws_and_is_loaded(tiny_pipeline, tmp_path):
+    """The baseline of the benchmark is drawn from by the same code."""
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        in_channels=3,
+        out_channels=3,
+    )
+    parts = {name: part for name, part in tiny_pipeline.components.items() if name != "unet"}
+    pipe = VisBioPipeline(unet=unet, **parts)
+    pipe.save_pretrained(tmp_path)
+    loaded, facts = load.load_pipeline(str(tmp_path), "cpu")
+    assert type(loaded.unet) is UNet2DConditionModel and len(facts["model_sha256"]) == 64
+    loaded.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 2, "output_type": "np", "guidance_scale": 2}
+    images = [
+        each(["a", "a cell"], generator=torch.Generator().manual_seed(0), **options).images for each in (pipe, loaded)
+    ]
+    assert (images[0] == images[1]).all() and images[0].shape == (2, 8, 8, 3)
+
+
+def test_another_pipeline_of_diffusers_is_loaded(tmp_path):
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(tmp_path)
+    pipe, facts = load.load_pipeline(str(tmp_path), "cpu")
+    assert type(pipe) is DDIMPipeline and facts["model"] == tmp_path.name
 
 
 def test_loading_says_nothing(tiny_pipeline_dir, caplog):

@@ -98,7 +98,7 @@ def test_the_best_predictor_of_a_constant_has_no_loss(tiny_unet):
     )
     pixel_values = torch.full((64, 3, 8, 8), 0.3)
 
-    def best(sample, timesteps, *conditions, return_dict):
+    def best(sample, timesteps, return_dict, **text):
         alpha = scheduler.alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
         noise = (sample - alpha.sqrt() * 0.3) / (1 - alpha).sqrt()
         return (alpha.sqrt() * noise - (1 - alpha).sqrt() * 0.3,)

@@ -143,6 +143,8 @@ def test_pipeline_of_a_training_draws_in_a_new_process(blood_npz, text_encoder, 
     [
         (["--unet_config", "{"], "unet_config must be JSON"),
         (["--unet_config", '{"width": 3}'], "unet_config must be a JSON object of sample_size, in_channels"),
+        (["--unet_config", '{"_class_name": "UNet3D"}'], "unet_config is for VisBioUNet or UNet2DConditionModel"),
+        (["--unet_config", "[]"], "unet_config is for VisBioUNet or UNet2DConditionModel, got []"),
         (["--caption_dropout", "1.5"], "caption_dropout"),
         (["--learning_rat", "1"], "--learning_rat"),
         ([], "nothing to train on: give --dataset_name"),

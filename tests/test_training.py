@@ -106,6 +106,14 @@ def test_a_killed_run_resumes_to_the_same_bits(straight, tmp_path):
     assert _state(tmp_path) == _state(straight)
 
 
+def test_a_training_ends_as_if_done_when_its_time_is_up(tmp_path):
+    _, _, result = _train(_config(tmp_path, max_train_minutes=1e-9))
+    assert (result.step, result.signum) == (1, 0)
+    assert (tmp_path / "checkpoint-0000001").is_dir()
+    _, _, result = _train(_config(tmp_path, max_train_minutes=60, resume_from_checkpoint="latest"))
+    assert result.step == 8
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_returns(signum, straight, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from transformers import AutoModel, AutoTokenizer
 
 from visbio_diffusers import EmbeddingCache, VisBioPipeline, VisBioUNet, default_model
@@ -32,6 +32,7 @@ from visbio_diffusers.validation import validation_hook
 
 logger = logging.getLogger(__name__)
 
+UNETS = {"VisBioUNet": VisBioUNet, "UNet2DConditionModel": UNet2DConditionModel}
 MIN_VOCABULARY = 100  # without its files a tokenizer loads silently, with its special tokens alone
 
 
@@ -64,9 +65,15 @@ class TextToImageConfig(TrainConfig):
     pretrained_model_name_or_path: str = field(
         default="", metadata={"help": "pipeline to start from, text encoder included"}
     )
-    unet_config: str = field(default="{}", metadata={"help": "arguments of VisBioUNet as JSON"})
+    unet_config: str = field(
+        default="{}",
+        metadata={"help": 'arguments of VisBioUNet as JSON, or of a Diffusers UNet named by "_class_name"'},
+    )
     prediction_type: Literal["v_prediction", "epsilon", "sample"] = field(
         default="v_prediction", metadata={"help": "what the UNet predicts"}
+    )
+    beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = field(
+        default="squaredcos_cap_v2", metadata={"help": "how noise grows over the timesteps"}
     )
     caption_dropout: float = field(default=0.1, metadata={"help": "share of empty captions, which guidance needs"})
     snr_gamma: float = field(default=0.0, metadata={"help": "gamma of the min-SNR loss weight with a floor; 0 is off"})
@@ -86,8 +93,11 @@ class TextToImageConfig(TrainConfig):
             shape = json.loads(self.unet_config)
         except ValueError as error:
             raise ValueError(f"unet_config must be JSON, got {self.unet_config!r}") from error
-        known = inspect.signature(VisBioUNet.__init__).parameters
-        if not isinstance(shape, dict) or not set(shape) <= set(known):
+        unet_class = UNETS.get(shape.pop("_class_name", "VisBioUNet")) if isinstance(shape, dict) else None
+        if unet_class is None:
+            raise ValueError(f"unet_config is for {' or '.join(UNETS)}, got {self.unet_config}")
+        known = inspect.signature(unet_class.__init__).parameters
+        if not set(shape) <= set(known):
             raise ValueError(f"unet_config must be a JSON object of {', '.join(known)[6:]}, got {self.unet_config}")
         if not self.datasets:
             raise ValueError("nothing to train on: give --dataset_name, e.g. bloodmnist, or --train_data_dir")
@@ -116,10 +126,10 @@ PRESETS = {
 }  # fmt: skip
 
 
-def make_scheduler(prediction_type: str) -> DDIMScheduler:
+def make_scheduler(prediction_type: str, beta_schedule: str = "squaredcos_cap_v2") -> DDIMScheduler:
     """Return the noise schedule of the training."""
     return DDIMScheduler(
-        beta_schedule="squaredcos_cap_v2",
+        beta_schedule=beta_schedule,
         prediction_type=prediction_type,
         rescale_betas_zero_snr=prediction_type != "epsilon",  # where all is noise, the noise tells nothing
         timestep_spacing="trailing",
@@ -164,14 +174,19 @@ def load_models(config: TextToImageConfig):
         )
     shape = {"sample_size": config.resolution, "cross_attention_dim": text_encoder.config.hidden_size}
     shape["out_channels"] = given.get("in_channels", 3)
-    return VisBioUNet(**{**shape, **given}), text_encoder, tokenizer, make_scheduler(config.prediction_type)
+    unet = UNETS[given.pop("_class_name", "VisBioUNet")](**{**shape, **given})
+    return unet, text_encoder, tokenizer, make_scheduler(config.prediction_type, config.beta_schedule)
 
 
 def load_pretrained(config: TextToImageConfig, given: dict):
     """Return the parts of a pipeline to go on from; refuse settings that contradict it."""
     pipe, _ = load_pipeline(config.pretrained_model_name_or_path, "cpu")
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    found = {**pipe.unet.config, "prediction_type": scheduler.config.prediction_type}
+    found = {
+        "_class_name": type(pipe.unet).__name__,
+        **pipe.unet.config,
+        "prediction_type": scheduler.config.prediction_type,
+    }
     for name, value in {**given, "prediction_type": config.prediction_type}.items():
         if found[name] != (tuple(value) if isinstance(found[name], tuple) else value):
             raise ValueError(f"{config.pretrained_model_name_or_path} has {name} {found[name]}, not {value}")

@@ -32,6 +32,7 @@ class TrainConfig:
     train_batch_size: int = _flag(64, "images per process and micro-batch")
     gradient_accumulation_steps: int = _flag(1, "micro-batches per optimizer step")
     max_train_steps: int = _flag(1000, "optimizer steps to take in all, resumed ones included")
+    max_train_minutes: float = _flag(0.0, "end after so many minutes, as if all steps were taken; 0 is no limit")
     learning_rate: float = _flag(1e-4, "highest learning rate of AdamW")
     lr_scheduler: Literal["constant", "constant_with_warmup", "cosine", "linear"] = _flag(
         "constant", "shape of the learning rate over the optimizer steps"
@@ -63,7 +64,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be one of {', '.join(get_args(hint))}, got {getattr(self, name)!r}")
         counts = "train_batch_size gradient_accumulation_steps max_train_steps checkpointing_steps logging_steps"
         self._require("at least 1", lambda value: value >= 1, counts)
-        counts = "seed lr_warmup_steps adam_weight_decay checkpoints_total_limit dataloader_num_workers"
+        counts = "seed max_train_minutes lr_warmup_steps adam_weight_decay checkpoints_total_limit"
+        counts += " dataloader_num_workers"
         self._require("at least 0", lambda value: value >= 0, counts)
         self._require("above 0", lambda value: value > 0, "learning_rate adam_epsilon max_grad_norm")
         self._require("in [0, 1)", lambda value: 0 <= value < 1, "adam_beta1 adam_beta2 ema_decay")

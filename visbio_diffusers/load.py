@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from visbio_diffusers import VisBioPipeline, VisBioUNet
+from visbio_diffusers import VisBioPipeline
 from visbio_diffusers.files import digest, one_line
 
 
@@ -59,7 +59,8 @@ def load_pipeline(
     folder, name = _find(model)
     try:
         _check_parts(folder)
-        weights = sorted(path for path in (folder / "unet").iterdir() if path.suffix in WEIGHTS)
+        denoiser = "unet" if (folder / "unet").is_dir() else "transformer"  # of other pipelines of Diffusers
+        weights = sorted(path for path in (folder / denoiser).iterdir() if path.suffix in WEIGHTS)
         model_sha256 = digest(*weights)
         with _no_bars():
             pipe = _load(folder, getattr(torch, dtype))
@@ -96,8 +97,10 @@ def _check_parts(folder: Path) -> None:
 
 def _load(folder: Path, dtype: torch.dtype) -> VisBioPipeline:
     """Load a pipeline whose parts are all of `dtype` (but for those that a UNet keeps in float32)."""
+    if json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"] != "VisBioPipeline":
+        return diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
     pipe = VisBioPipeline.from_pretrained(folder, unet=None)  # passed here, Diffusers would print all its layers
-    pipe.register_modules(unet=VisBioUNet.from_pretrained(folder / "unet", torch_dtype=dtype))
+    pipe.register_modules(unet=diffusers.AutoModel.from_pretrained(str(folder), subfolder="unet", torch_dtype=dtype))
     if len(pipe.tokenizer) <= len(pipe.tokenizer.all_special_tokens):  # what a lost vocabulary loads as
         raise ValueError("its tokenizer has no words")
     pipe.text_encoder.to(dtype)

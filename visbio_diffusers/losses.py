@@ -43,7 +43,7 @@ def denoising_errors(model, scheduler, pixel_values, noise, timesteps, encoder_h
     """Return the mean squared error of the model's prediction for each noised image, `(batch,)` float32.
 
     Args:
-        model: called as `VisBioUNet.forward`.
+        model: called as `VisBioUNet.forward`, or as `UNet2DConditionModel.forward`.
         scheduler (`DDPMScheduler`): its `prediction_type` says what is predicted: epsilon, v_prediction or sample.
         pixel_values, noise (`torch.Tensor` of shape `(batch, channels, height, width)`): clean images in [-1, 1].
         timesteps (`torch.Tensor` of shape `(batch,)`): int64.
@@ -55,7 +55,8 @@ def denoising_errors(model, scheduler, pixel_values, noise, timesteps, encoder_h
         target = scheduler.get_velocity(pixel_values, noise, timesteps)
     else:
         target = noise if scheduler.config.prediction_type == "epsilon" else pixel_values
-    prediction = model(sample, timesteps, encoder_hidden_states, encoder_attention_mask, return_dict=False)[0]
+    text = {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
+    prediction = model(sample, timesteps, **text, return_dict=False)[0]
     if prediction.shape != target.shape:
         raise ValueError(f"the model predicts {tuple(prediction.shape)}, not the images' {tuple(target.shape)}")
     return (prediction.float() - target).square().flatten(1).mean(dim=1)

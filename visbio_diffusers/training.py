@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
+TIME_IS_UP = 1  # a reason to stop beside the numbers of the signals caught
+
 Metrics = dict[str, Any]
 LossFunction = Callable[[nn.Module, Any], tuple[torch.Tensor, Metrics]]
 Hook = Callable[[int, Metrics], None]
@@ -130,7 +132,7 @@ def fit(
     config: TrainConfig,
     hooks: Sequence[Hook] = (),
 ) -> FitResult:
-    """Train until `config.max_train_steps` optimizer steps are taken, or a signal asks to stop.
+    """Train until `config` has enough steps (`max_train_steps`) or minutes, or a signal asks to stop.
 
     A resumed run is bit-equal to an uninterrupted one if `stream` depends on its argument alone: random generators are
     seeded anew for every micro-batch. Writes config.json, checkpoints and loss.jsonl (one line per optimizer step).
@@ -158,7 +160,8 @@ def fit(
     progress = tqdm(total=config.max_train_steps, initial=step, disable=not accelerator.is_main_process)
     model.train()
     rows: list[Metrics] = []  # metrics not yet fetched from the device
-    signum, started = 0, time.perf_counter()
+    signum, began = 0, time.perf_counter()
+    started = began
     with progress, _caught_signals() as caught:
         while step < config.max_train_steps and not signum:
             metrics = _optimizer_step(accelerator, model, optimizer, batches, loss_fn, config, step)
@@ -172,7 +175,8 @@ def fit(
             logging_step = step % config.logging_steps == 0
             # Agreement between processes waits for the device, so a GPU agrees only where it is waited for anyway.
             if accelerator.num_processes == 1 or logging_step or accelerator.device.type == "cpu":
-                signum = _agreed(accelerator, caught)
+                late = bool(config.max_train_minutes) and time.perf_counter() - began > 60 * config.max_train_minutes
+                signum = _agreed(accelerator, max(caught, default=TIME_IS_UP if late else 0))
             saving = signum or step == config.max_train_steps or step % config.checkpointing_steps == 0
             if logging_step or saving:
                 _report(accelerator, config, step, rows, started, progress)
@@ -181,6 +185,9 @@ def fit(
                 checkpoints.save(accelerator, config.output_dir, step, config.checkpoints_total_limit)
             if logging_step or saving:
                 started = time.perf_counter()
+    if signum == TIME_IS_UP:
+        logger.info(f"{config.max_train_minutes:g} minutes are over: the training ends at step {step}")
+        signum = 0
     if signum:
         logger.warning(f"{signal.strsignal(signum)}: step {step} is saved; go on with --resume_from_checkpoint latest")
     return FitResult(step, signum)
@@ -288,9 +295,8 @@ def _begin(accelerator: Accelerator, config: TrainConfig) -> int:
     return step
 
 
-def _agreed(accelerator: Accelerator, caught: list[int]) -> int:
-    """Return the signal that any process has caught, the same on all of them, or 0."""
-    signum = max(caught, default=0)
+def _agreed(accelerator: Accelerator, signum: int) -> int:
+    """Return the reason to stop that any process has, the same on all of them, or 0."""
     if accelerator.num_processes == 1:
         return signum
     return int(accelerator.gather(torch.tensor([signum], device=accelerator.device)).max())

@@ -3,11 +3,13 @@
 import inspect
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -26,7 +28,7 @@ class VisBioPipeline(DiffusionPipeline, VisBioLoraLoaderMixin):
     """Draw biological images from descriptions.
 
     Args:
-        unet ([`VisBioUNet`]): denoises pixels; there is no VAE, so "latents" are images in [-1, 1].
+        unet ([`VisBioUNet`] or `UNet2DConditionModel`): denoises pixels; no VAE, "latents" are images in [-1, 1].
         scheduler ([`SchedulerMixin`]): DDIM, DDPM, DPMSolverMultistep, UniPC or Euler.
         text_encoder ([`~transformers.PreTrainedModel`]): any BERT whose hidden size is `unet`'s `cross_attention_dim`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): that encoder's tokenizer.
@@ -46,7 +48,7 @@ class VisBioPipeline(DiffusionPipeline, VisBioLoraLoaderMixin):
 
     def __init__(
         self,
-        unet: VisBioUNet,
+        unet: VisBioUNet | UNet2DConditionModel,
         scheduler: SchedulerMixin,
         text_encoder: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
@@ -184,7 +186,7 @@ class VisBioPipeline(DiffusionPipeline, VisBioLoraLoaderMixin):
                 f"{len(negative_prompt)} entries in `negative_prompt` for {batch_size} prompts: give one each"
             )
         self._check_embeds(prompt_embeds, negative_prompt_embeds, batch_size)
-        factor = self.unet.downsample_factor
+        factor = 2 ** (len(self.unet.config.block_out_channels) - 1)
         if height < factor or width < factor or height % factor or width % factor:
             raise ValueError(f"`height` and `width` must be multiples of {factor}, but are {height} and {width}")
         unknown = set(callback_on_step_end_tensor_inputs or ()) - set(self._callback_tensor_inputs)
@@ -339,10 +341,8 @@ class VisBioPipeline(DiffusionPipeline, VisBioLoraLoaderMixin):
         latents = self.prepare_latents(
             prompt_embeds.shape[0], height, width, torch.float32, device, generator, latents
         )
-        step_parameters = inspect.signature(self.scheduler.step).parameters
-        step_kwargs = {
-            name: value for name, value in (("eta", eta), ("generator", generator)) if name in step_parameters
-        }
+        takes = inspect.signature(self.scheduler.step).parameters
+        step_kwargs = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in takes}
 
         # 5. Denoise; keys and values of the text are computed once
         text_caches = {}
@@ -375,14 +375,15 @@ class VisBioPipeline(DiffusionPipeline, VisBioLoraLoaderMixin):
     def _predict(self, latents, t, embeds, guided, text_cache):
         """Return the prediction (batch, ...) in float32, guided where `embeds` holds negative and positive ones."""
         sample = torch.cat([latents] * 2) if guided else latents
-        with self.unet.cache_context("guided" if guided else "unguided"):
+        cached = hasattr(self.unet, "cache_context")  # VisBioUNet; Diffusers' own UNets take no text_cache
+        with self.unet.cache_context("guided" if guided else "unguided") if cached else nullcontext():
             noise_pred = self.unet(
                 self.scheduler.scale_model_input(sample, t).to(embeds.dtype),
                 t,
                 encoder_hidden_states=embeds,
                 encoder_attention_mask=text_mask(embeds),
                 cross_attention_kwargs=self.cross_attention_kwargs,
-                text_cache=text_cache,
+                **({"text_cache": text_cache} if cached else {}),
                 return_dict=False,
             )[0].float()
         return self._guide(noise_pred) if guided else noise_pred
