@@ -12,6 +12,7 @@ import torch
 
 from visbio_diffusers import VisBioPipeline, load_bank, load_image_dataset
 from visbio_diffusers.config import parse, run
+from visbio_diffusers.evaluation import evaluators as panel
 from visbio_diffusers.evaluation import features as networks
 from visbio_diffusers.evaluation import judges, memorization, metrics, protocol, report
 from visbio_diffusers.evaluation.benchmark import EvaluateConfig, check_independent, evaluate
@@ -42,7 +43,7 @@ def evaluator_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference(evaluator_folder):
     train, test = toy_images(480, 0), toy_images(240, 1)
-    evaluators = protocol.load_evaluators(evaluator_folder, train, test, len(NAMES), 40)
+    evaluators = panel.load_evaluators(evaluator_folder, train, test, len(NAMES), 40)
     return protocol.make_reference(NAMES, train, test, evaluators, balanced_labels(160, len(NAMES)))
 
 
@@ -272,7 +273,7 @@ def test_score_of_training_on_images_falls_with_shuffled_labels(reference):
 def test_evaluators_of_other_images_are_refused(evaluator_folder, reference):
     other = toy_images(480, 5)
     with pytest.raises(ValueError, match="trained on other images"):
-        protocol.load_evaluators(evaluator_folder, other, reference.test, len(NAMES), 1)
+        panel.load_evaluators(evaluator_folder, other, reference.test, len(NAMES), 1)
 
 
 def test_heldout_prompts_go_through_the_captions_of_each_class():
@@ -367,7 +368,7 @@ def run_script(*arguments: str) -> str | int:
 def test_script_measures_a_model_at_two_guidance_scales_and_its_images_again(workspace, monkeypatch):
     monkeypatch.chdir(workspace)
     sweep = ["--guidance_scale", "1", "2", "--guidance_interval", "0.2", "0.8", "--num_inference_steps", "2"]
-    model = ["--model", "pipeline", "--num_images", "32", "--num_wording_images", "16", "--fast", "--keep"]
+    model = ["--model", "pipeline", "--num_images", "32", "--num_wording_images", "16", "--keep"]
     assert run_script(*model, *sweep, "--output", "out/sweep.json") == 0
     results = json.loads(Path("out/sweep.json").read_text())
     assert [entry["guidance_scale"] for entry in results["runs"]] == [1, 2]
@@ -377,13 +378,13 @@ def test_script_measures_a_model_at_two_guidance_scales_and_its_images_again(wor
     assert {"versions", "git", "hardware", "command", "seed", "wall_clock_seconds"} <= set(results)
     table = Path("out/sweep.md").read_text()
     for entry in results["runs"]:
-        for judge in protocol.EVALUATORS:
+        for judge in panel.EVALUATORS:
             assert f"{entry['evaluators'][judge]['frechet']['value']['value']:.3f}" in table
     assert "Generated, guidance 2" in table and "(CAS)" not in table and "Coverage (cnn5)" in table
     assert not Path("out/sweep.images").exists()
 
     kept = "out/sweep-guidance-2.npz"
-    assert run_script("--images", kept, "--cas_steps", "5", "--output", "out/images.json") == 0
+    assert run_script("--images", kept, "--cas", "--cas_steps", "5", "--output", "out/images.json") == 0
     again = json.loads(Path("out/images.json").read_text())
     assert again["runs"][0]["evaluators"] == results["runs"][1]["evaluators"]
     assert "(CAS)" in Path("out/images.md").read_text()

@@ -1,7 +1,8 @@
-"""Write the model card of a trained pipeline, and the results in README.md, from files that commands have written.
+"""Write all model cards, and the table of the benchmark there and in README.md, from files that commands have written.
 
-python train_scripts/write_card.py model_cards/visbio-blood-28
-Reads results.json (evaluate.py), training.json (the training script) and the file sizes; no number is typed by hand.
+python train_scripts/write_card.py
+Reads results.json (visbio evaluate), training.json (the training script), the rows of benchmark.py and file sizes; no
+number is typed by hand, and a test compares what stands in the cards with what this writes.
 """
 
 import json
@@ -11,11 +12,12 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from visbio_diffusers.evaluation import render_card_results
+from visbio_diffusers.evaluation.report import between_markers, render_benchmark, render_card_results
 
 
 ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- results: train_scripts/write_card.py -->", "<!-- end of results -->"
+ROWS = ("real", "checkpoint", "both", "cross_attention", "film", "unet2d_our_recipe", "unet2d")
+MARKER = "benchmark: train_scripts/write_card.py"
 CARD = """---
 {yaml}
 ---
@@ -90,28 +92,39 @@ def card_data(name: str, results: dict) -> ModelCardData:
     )
 
 
-def main(folder: Path) -> None:
-    """Write FOLDER/README.md, and the table between the markers of the project's README.md."""
+def card(folder: Path) -> str:
+    """Return the card of a trained pipeline."""
     results = json.loads((folder / "results.json").read_text())
-    table = render_card_results(results)
-    card = CARD.format(
+    text = CARD.format(
         yaml=card_data(folder.name, results).to_yaml(),
         name=folder.name,
         size=json.loads((folder / "unet" / "config.json").read_text())["sample_size"],
         training=training_text(folder),
         unet_mb=(folder / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size / 1e6,
         text_mb=(folder / "text_encoder" / "model.safetensors").stat().st_size / 1e6,
-        results=table,
+        results=render_card_results(results),
     )
-    ModelCard(card).save(folder / "README.md")
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{table}{END}{after}")
+    return str(ModelCard(text))
+
+
+def benchmark(folder: Path) -> str:
+    """Return the table of the rows whose results are in a folder."""
+    files = [folder / f"{row}.json" for row in ROWS]
+    return render_benchmark([json.loads(file.read_text()) for file in files if file.exists()])
+
+
+def render(root: Path) -> dict[Path, str]:
+    """Return the text of every file that this script writes."""
+    texts = {file.with_name("README.md"): card(file.parent) for file in root.glob("model_cards/*/results.json")}
+    for folder in root.glob("model_cards/benchmark-*"):
+        for readme in (root / "README.md", folder / "README.md"):
+            texts[readme] = between_markers(texts.get(readme) or readme.read_text(), MARKER, benchmark(folder))
+    return texts
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
-    if len(sys.argv) != 2 or not Path(sys.argv[1], "results.json").is_file():
-        sys.exit("usage: python train_scripts/write_card.py FOLDER, which holds results.json and training.json")
-    main(Path(sys.argv[1]))
+    if len(sys.argv) > 1:
+        sys.exit("usage: python train_scripts/write_card.py, without arguments")
+    for path, text in render(ROOT).items():
+        path.write_text(text)

@@ -1,15 +1,13 @@
 """Measures of a text-to-image model of labelled images: fidelity, diversity, distance to real, copies, usefulness."""
 
+from visbio_diffusers.evaluation.evaluators import EVALUATORS, Evaluator, load_aligner, load_evaluators
 from visbio_diffusers.evaluation.features import ImageClassifier, ImageEncoder, weights_hash
 from visbio_diffusers.evaluation.images import Split, as_split, read_images, save_images
 from visbio_diffusers.evaluation.judges import train_classifier, train_encoder
 from visbio_diffusers.evaluation.protocol import (
-    EVALUATORS,
-    Evaluator,
     Reference,
     classification_accuracy_score,
     describe_evaluators,
-    load_evaluators,
     make_reference,
     measure,
     measure_wording,
@@ -33,6 +31,7 @@ __all__ = [
     "environment",
     "generate_images",
     "heldout_prompts",
+    "load_aligner",
     "load_evaluators",
     "make_reference",
     "measure",

@@ -20,15 +20,16 @@ from PIL import Image
 
 from visbio_diffusers.captions import CaptionBank, load_bank
 from visbio_diffusers.data import ImageDataset, load_image_dataset
+from visbio_diffusers.evaluation.evaluators import Aligner, Evaluator, find_evaluators, load_aligner, load_evaluators
+from visbio_diffusers.evaluation.extractors import load_extractor
 from visbio_diffusers.evaluation.features import weights_hash
 from visbio_diffusers.evaluation.images import Split, as_split, read_images, save_images
 from visbio_diffusers.evaluation.page import write_page
 from visbio_diffusers.evaluation.protocol import (
-    Evaluator,
     Reference,
     classification_accuracy_score,
+    describe_aligner,
     describe_evaluators,
-    load_evaluators,
     make_reference,
     measure,
     measure_wording,
@@ -58,8 +59,8 @@ class EvaluateConfig:
     caption_bank: str = _flag("", "bank of a set that has none of its own: name, or YAML file")
     model: str = _flag("", "folder or Hub id of the pipeline to measure")
     images: str = _flag("", "instead of a model: npz with train_images and train_labels, or a labelled image folder")
-    num_images: int = _flag(1024, "images to generate, as many of every class")
-    num_wording_images: int = _flag(1024, "images to generate from held-out wording; 0 leaves them out")
+    num_images: int = _flag(2048, "images to generate, as many of every class")
+    num_wording_images: int = _flag(512, "images to generate from held-out wording; 0 leaves them out")
     guidance_scale: list[float] = field(
         default_factory=list, metadata={"help": "one or more values, each measured; default is the pipeline's"}
     )
@@ -69,11 +70,15 @@ class EvaluateConfig:
     num_inference_steps: int = _flag(0, "denoising steps; 0 is the pipeline's default")
     batch_size: int = _flag(64, "images generated at once")
     seed: int = _flag(0, "seed of the generated images, the real images beside them, and the resampling")
-    evaluators: str = _flag("runs/evaluators", "folder of the evaluators of this data set; trained when empty")
+    evaluators: str = _flag("", "folder of evaluators, trained if empty; default: those shipped, or runs/evaluators")
+    extractors: list[str] = field(
+        default_factory=list,
+        metadata={"help": "more features: folders of Transformers' vision models (DINOv2), inception-2015-12-05.pt"},
+    )
     evaluator_steps: int = _flag(2000, "optimizer steps of an evaluator")
     cas_steps: int = _flag(600, "optimizer steps of a classifier trained on the generated images alone")
     flip: bool = _flag(True, "train classifiers on mirror images too; not where left and right are classes")
-    fast: bool = _flag(False, "leave out the classifiers trained on generated images")
+    cas: bool = _flag(False, "also train a classifier on the generated images alone, which takes minutes")
     keep: bool = _flag(False, "keep the generated images as npz beside the results")
     device: str = _flag("cuda" if torch.cuda.is_available() else "cpu", "where to generate and to measure")
 
@@ -123,8 +128,8 @@ def evaluate(config: EvaluateConfig) -> int:
         samples = [Sample({}, read_images(config.images, real.class_names, real.bank))]
     if not state.is_main_process:
         return 0
-    reference = prepare_reference(config, samples[0].plain)
-    check_independent(reference.evaluators, facts)
+    reference, aligner = prepare_reference(config, samples[0].plain)
+    check_independent([*reference.evaluators, aligner], facts)
     results = {
         **environment(),
         "source": config.model or config.images,
@@ -134,13 +139,14 @@ def evaluate(config: EvaluateConfig) -> int:
         "split": {"reference": "test", "num_train": len(reference.train.labels), "num_test": len(real)},
         "seed": config.seed,
         "evaluators": describe_evaluators(reference),
+        "alignment_evaluator": describe_aligner(aligner, reference),
         "runs": [],
     }
-    if not config.fast:
+    if config.cas:
         score = classification_accuracy_score(real_training_images(reference), reference, config.cas_steps)
         results["real_training_images"] = {"classification_accuracy_score": score}
     for sample in samples:
-        results["runs"].append(_measured(sample, reference, config))
+        results["runs"].append(_measured(sample, reference, aligner, config))
         results["wall_clock_seconds"] = time.perf_counter() - started
         write_results(results, config.output)
         Path(config.output).with_suffix(".md").write_text(render_card_results(results), encoding="utf-8")
@@ -183,18 +189,23 @@ def draw_samples(pipe, facts: dict, bank: CaptionBank, config: EvaluateConfig) -
     return samples
 
 
-def prepare_reference(config: EvaluateConfig, generated: Split) -> Reference:
+def prepare_reference(config: EvaluateConfig, generated: Split) -> tuple[Reference, Aligner]:
     """Return real images of the form of the evaluated ones, with evaluators trained on them."""
     form = {"resolution": generated.images.shape[1], "channels": generated.images.shape[3]}
     real = [_load_real(config, split, **form) for split in ("train", "test")]
     names = real[0].class_names
     train, test = map(as_split, real)
     options = {"flip": config.flip, "device": config.device}
-    judges = load_evaluators(config.evaluators, train, test, len(names), config.evaluator_steps, **options)
-    return make_reference(names, train, test, judges, generated.labels, seed=config.seed, **options)
+    folder = config.evaluators or find_evaluators(train) or "runs/evaluators"
+    judges = load_evaluators(folder, train, test, len(names), config.evaluator_steps, **options)
+    for source in config.extractors:
+        name, extractor = load_extractor(source, config.device)
+        judges.append(Evaluator.of(name, extractor, {"source": source}, train, test))
+    aligner = load_aligner(folder, real[0], train, config.evaluator_steps, **options)
+    return make_reference(names, train, test, judges, generated.labels, seed=config.seed, **options), aligner
 
 
-def check_independent(evaluators: list[Evaluator], facts: dict) -> None:
+def check_independent(evaluators: list[Evaluator | Aligner], facts: dict) -> None:
     """Refuse an evaluator that was the reward which the measured model was tuned with.
 
     Raises:
@@ -239,12 +250,14 @@ def _pictures(sample: Sample, reference: Reference) -> dict[str, Image.Image]:
     return sheets
 
 
-def _measured(sample: Sample, reference: Reference, config: EvaluateConfig) -> dict:
+def _measured(sample: Sample, reference: Reference, aligner: Aligner, config: EvaluateConfig) -> dict:
     result = dict(sample.facts)
     if config.keep and sample.prompts:
         name = f"{Path(config.output).stem}-guidance-{sample.facts['guidance_scale']:g}.npz"
         save_images(Path(config.output).with_name(name), sample.plain, sample.prompts)
-    result |= measure(sample.plain, reference, 0 if config.fast else config.cas_steps)
+    result |= measure(sample.plain, reference, config.cas_steps if config.cas else 0)
+    result["alignment"] = aligner(sample.plain, sample.prompts)
     if sample.wording is not None:
         result["heldout_wording"] = measure_wording(sample.wording, sample.wording_prompts, reference)
+        result["heldout_wording_alignment"] = aligner(sample.wording, sample.wording_prompts)
     return result

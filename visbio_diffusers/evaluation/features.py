@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from visbio_diffusers import checkpoints
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+JOINT_WIDTH = 128
 
 
 class ResidualBlock(nn.Module):
@@ -82,6 +84,26 @@ class ImageClassifier(ImageEncoder):
         return self.head(self.features(pixel_values))
 
 
+class ImageTextEncoder(ImageEncoder):
+    """An `ImageEncoder` beside a projection of text features, into one space; `text_width` is that of the features."""
+
+    def __init__(self, text_width: int, in_channels: int = 3, width: int = 64, kernel_size: int = 3):
+        """Create the layers with random weights."""
+        super().__init__(in_channels, width, kernel_size)
+        self.config = {"text_width": text_width, **self.config}
+        self.image_projection = nn.Linear(2 * width, JOINT_WIDTH, bias=False)
+        self.text_projection = nn.Linear(text_width, JOINT_WIDTH)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def project_images(self, image_features: torch.Tensor) -> torch.Tensor:
+        """Map the features of images `(batch, 2 * width)` to rows of length 1."""
+        return F.normalize(self.image_projection(image_features), dim=1)
+
+    def project_texts(self, text_features: torch.Tensor) -> torch.Tensor:
+        """Map the features of texts `(batch, text_width)` to rows of length 1."""
+        return F.normalize(self.text_projection(text_features), dim=1)
+
+
 def to_pixel_values(images: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
     """Turn uint8 images `(n, height, width, channels)` into float `(n, channels, height, width)` in [-1, 1]."""
     pixel_values = torch.as_tensor(images, device=device).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -140,7 +162,9 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> tuple[ImageE
         raise FileNotFoundError(f"{folder} holds no evaluator: it needs {CONFIG_NAME} and {WEIGHTS_NAME}")
     try:
         config = json.loads((folder / CONFIG_NAME).read_text())
-        model = (ImageClassifier if "num_classes" in config["model"] else ImageEncoder)(**config["model"])
+        kinds = {"num_classes": ImageClassifier, "text_width": ImageTextEncoder}
+        kind = next((kinds[name] for name in kinds if name in config["model"]), ImageEncoder)
+        model = kind(**config["model"])
         model.load_state_dict(load_file(folder / WEIGHTS_NAME))
         return model.to(device, memory_format=torch.channels_last).eval(), config["training"]
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:

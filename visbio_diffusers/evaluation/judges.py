@@ -102,7 +102,7 @@ def train_classifier(
         pixel_values = augment(to_pixel_values(images[rows.numpy()], device), generator, flip)
         return F.cross_entropy(model(pixel_values), targets[rows].to(device))
 
-    _train(model.to(device), loss_of, len(images), steps, batch_size, generator, description)
+    minimise(model.to(device), loss_of, len(images), steps, batch_size, generator, description)
     return model
 
 
@@ -137,7 +137,7 @@ def train_encoder(
         views = torch.cat([augment(_zoom_and_tint(pixel_values, generator), generator, flip) for _ in range(2)])
         return contrastive_loss(both(views))
 
-    _train(both, loss_of, len(images), steps, batch_size, generator, description)
+    minimise(both, loss_of, len(images), steps, batch_size, generator, description)
     return model
 
 
@@ -166,7 +166,7 @@ def _zoom_and_tint(pixel_values: torch.Tensor, generator: torch.Generator) -> to
     return images * gain.to(images.device) + uniform(-0.1, 0.1, n, 1, 1, 1).to(images.device)
 
 
-def _train(
+def minimise(
     model: nn.Module,
     loss_of: Callable[[torch.Tensor], torch.Tensor],
     num_images: int,

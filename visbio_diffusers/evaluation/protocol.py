@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from visbio_diffusers.evaluation import features as evaluator_features
-from visbio_diffusers.evaluation.features import ImageClassifier, ImageEncoder, predictions, weights_hash
+from visbio_diffusers.evaluation.evaluators import Aligner, Evaluator
+from visbio_diffusers.evaluation.features import predictions, weights_hash
 from visbio_diffusers.evaluation.images import Split
-from visbio_diffusers.evaluation.judges import train_classifier, train_encoder
+from visbio_diffusers.evaluation.judges import train_classifier
 from visbio_diffusers.evaluation.memorization import near_copies, nearest_distances
 from visbio_diffusers.evaluation.metrics import (
     class_weights,
@@ -23,40 +22,7 @@ from visbio_diffusers.evaluation.metrics import (
 from visbio_diffusers.evaluation.neighbours import kernel_distance_with_interval, manifold_measures_with_intervals
 
 
-# Two classifiers that share neither seed nor shape: what only one of them sees is not to be believed. The third has
-# learned without labels, and sees what no class depends on.
-EVALUATORS = {
-    "cnn3": {"width": 64, "kernel_size": 3, "seed": 0},
-    "cnn5": {"width": 40, "kernel_size": 5, "seed": 1},
-    "simclr": {"width": 64, "kernel_size": 3, "seed": 2},
-}
-SELF_SUPERVISED = ("simclr",)
-SELF_SUPERVISED_BATCH = 256
-
 FLOOR_DRAWS = 20  # one draw of 1,024 real images gives a Frechet distance between a third and twice the mean
-
-
-@dataclass(frozen=True)
-class Evaluator:
-    """A network trained on the train split, with its features of the real images.
-
-    Args:
-        name (`str`): stands in the name of the distance, FD-`name`.
-        model (`ImageEncoder`): in evaluation mode; an `ImageClassifier` can also say what an image shows.
-        training (`dict`): how it was trained.
-        train_features, test_features (`np.ndarray` of shape `(n, d)`): of the two splits.
-    """
-
-    name: str
-    model: ImageEncoder
-    training: dict
-    train_features: np.ndarray
-    test_features: np.ndarray
-
-    @property
-    def classifies(self) -> bool:
-        """Whether it can say what an image shows."""
-        return isinstance(self.model, ImageClassifier)
 
 
 @dataclass(frozen=True)
@@ -100,49 +66,6 @@ def match_classes(labels: np.ndarray, wanted: np.ndarray, seed: int) -> np.ndarr
     return np.sort(np.concatenate(rows))
 
 
-def load_evaluators(
-    folder: str | Path,
-    train: Split,
-    test: Split,
-    num_classes: int,
-    steps: int,
-    *,
-    flip: bool = True,
-    device: str = "cpu",
-) -> list[Evaluator]:
-    """Load the judges of EVALUATORS from `folder`; those that are not there yet are trained and saved.
-
-    Args:
-        folder (`str` or `Path`): one subfolder per judge.
-        train, test (`Split`): real images; only `train` is trained on.
-        steps (`int`), flip (`bool`): see `train_classifier`; used only where training is needed.
-
-    Raises:
-        ValueError: if a judge in the folder was trained on other images.
-    """
-    digest = hashlib.sha256(train.images.tobytes() + train.labels.astype(np.int64).tobytes()).hexdigest()
-    evaluators = []
-    for name, settings in EVALUATORS.items():
-        path = Path(folder) / name
-        if not path.is_dir():
-            settings = {**settings, "flip": flip}
-            common = {"device": device, "description": f"training evaluator {name}"}
-            if name in SELF_SUPERVISED:
-                settings |= {"batch_size": SELF_SUPERVISED_BATCH, "steps": max(1, steps * 64 // SELF_SUPERVISED_BATCH)}
-                model = train_encoder(train.images, **settings, **common)
-            else:
-                settings["steps"] = steps
-                model = train_classifier(train.images, train.labels, num_classes=num_classes, **settings, **common)
-            training = {**settings, "train_images": len(train.images), "train_sha256": digest}
-            evaluator_features.save(model, path, training)
-        model, training = evaluator_features.load(path, device)
-        if training["train_sha256"] != digest:
-            raise ValueError(f"{path} was trained on other images: name another --evaluators folder for this set")
-        real = (evaluator_features.features(model, split.images) for split in (train, test))
-        evaluators.append(Evaluator(name, model, training, *real))
-    return evaluators
-
-
 def make_reference(
     class_names: tuple[str, ...],
     train: Split,
@@ -179,11 +102,7 @@ def describe_evaluators(reference: Reference) -> list[dict]:
     """Return name, hash, size and accuracy on real test images of every judge."""
     return [
         {
-            "name": judge.name,
-            "sha256": weights_hash(judge.model),
-            "parameters": sum(parameter.numel() for parameter in judge.model.parameters()),
-            "model": judge.model.config,
-            "training": judge.training,
+            **_describe(judge),
             "real_test": fidelity(
                 predictions(judge.model, judge.test_features), reference.test.labels, reference.class_names
             )
@@ -192,6 +111,22 @@ def describe_evaluators(reference: Reference) -> list[dict]:
         }
         for judge in reference.evaluators
     ]
+
+
+def describe_aligner(aligner: Aligner, reference: Reference) -> dict:
+    """Return hash, size and scores on real test images of the judge of images and prompts."""
+    real = Split(reference.test.images[reference.matched_test], reference.test.labels[reference.matched_test])
+    return {**_describe(aligner), "real_test": aligner(real)}
+
+
+def _describe(judge: Evaluator | Aligner) -> dict:
+    return {
+        "name": judge.name,
+        "sha256": weights_hash(judge.model),
+        "parameters": sum(parameter.numel() for parameter in judge.model.parameters()),
+        "model": judge.model.config,
+        "training": judge.training,
+    }
 
 
 def measure(generated: Split, reference: Reference, cas_steps: int = 0) -> dict:

@@ -85,6 +85,7 @@ def card_rows(results: dict) -> list[list[str]]:
     rows = [["Measure (95 % interval)", *map(_run_title, runs), "Real images"]]
     for judge in results["evaluators"]:
         rows += _judge_rows(judge, runs)
+    rows += _alignment_rows(results["alignment_evaluator"], runs)
     rows += _copy_rows("nearest in pixels", [run["near_copies_pixels"] for run in runs])
     scores = [run.get("classification_accuracy_score") for run in runs]
     if all(scores):
@@ -92,6 +93,52 @@ def card_rows(results: dict) -> list[list[str]]:
         title = "Accuracy on real test images of a classifier trained on these images alone (CAS)"
         rows.append([title, *map(_cell, scores), _cell(real)])
     return rows
+
+
+def render_benchmark(results: list[dict]) -> str:
+    """Return rows of the benchmark as a Markdown table with 95 % intervals.
+
+    Args:
+        results (`list[dict]`): contents of the results.json of `train_scripts/benchmark.py`, one for each row.
+    """
+    header = [
+        "Row", "Training", "Recognised", "In other words", "FD / real", "FD-simclr / real", "Coverage",
+        "Near-copies", "Command",
+    ]  # fmt: skip
+    rows = [header, ["---"] * len(header), *map(_benchmark_row, results)]
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def _benchmark_row(results: dict) -> list[str]:
+    run = results["runs"][0]
+    first, blind = (run["evaluators"][name] for name in ("cnn3", "simclr"))
+    training = "-"
+    if "images_seen" in results:
+        training = f"{results['images_seen']:,} images, {results['training_seconds'] / 60:.0f} min"
+    cells = [
+        first["fidelity"]["overall"],
+        run.get("heldout_wording", {}).get("cnn3", {}).get("overall"),
+        first["frechet"]["ratio"],
+        blind["frechet"]["ratio"],
+        blind["manifold"]["generated"]["coverage"],
+        run["near_copies_pixels"]["0.05"],
+    ]
+    digits = [3, 3, 1, 1, 3, 3]
+    shown = [_cell(cell, digits=number) for cell, number in zip(cells, digits, strict=True)]
+    return [results["row"].replace("_", " "), training, *shown, f"`{results['command']}`"]
+
+
+def between_markers(text: str, marker: str, content: str) -> str:
+    """Return `text` with `content` in place of what stands between the two HTML comments of `marker`.
+
+    Raises:
+        ValueError: if `text` lacks one of them.
+    """
+    begin, end = f"<!-- {marker} -->\n", f"<!-- end of {marker} -->"
+    if begin not in text or end not in text:
+        raise ValueError(f"the text lacks the lines {begin.strip()} and {end}")
+    before, rest = text.split(begin, maxsplit=1)
+    return before + begin + content + end + rest.split(end, maxsplit=1)[1]
 
 
 def _run_title(run: dict) -> str:
@@ -125,6 +172,18 @@ def _judge_rows(judge: dict, runs: list[dict]) -> list[list[str]]:
     return rows + _copy_rows(f"nearest in features of {name}", [m["near_copies"] for m in measured])
 
 
+def _alignment_rows(judge: dict, runs: list[dict]) -> list[list[str]]:
+    """Return the rows on images and their prompts."""
+    rows, name = [], judge["name"]
+    for key, title in (("alignment", "prompts"), ("heldout_wording_alignment", "prompts in held-out wording")):
+        if all(key in run for run in runs):
+            measures = {"score": f"100 x cosine of images and {title} ({name})"}
+            measures["retrieval"] = f"Images nearer to their {title} than to other classes' ({name})"
+            for measure, text in measures.items():
+                rows.append([text, *(_cell(run[key][measure]) for run in runs), _cell(judge["real_test"][measure])])
+    return rows
+
+
 def _recognition_rows(judge: dict, runs: list[dict]) -> list[list[str]]:
     """Return the rows that only a classifier has."""
     name, real = judge["name"], _cell(judge["real_test"]["overall"])
@@ -152,7 +211,8 @@ def _copy_rows(space: str, copies: list[dict]) -> list[list[str]]:
 def _footnote(results: dict) -> str:
     git = results["git"] or {}
     commit = (git.get("commit") or "none")[:12] + (" with changes" if git.get("dirty") else "")
-    judges = ", ".join(f"{judge['name']} {judge['sha256'][:12]}" for judge in results["evaluators"])
+    judges = [*results["evaluators"], results["alignment_evaluator"]]
+    judges = ", ".join(f"{judge['name']} {judge['sha256'][:12]}" for judge in judges)
     return (
         f"n = {results['runs'][0]['n']} generated images, seed {results['seed']}, real images of {results['dataset']}"
         f" ({results['split']['num_test']} in its test split); evaluators trained on its train split: {judges};"
