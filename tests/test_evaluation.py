@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from visbio_diffusers import VisBioPipeline, load_bank, load_image_dataset
+from visbio_diffusers import VisBioPipeline, cli, load_bank, load_image_dataset
 from visbio_diffusers.config import parse, run
 from visbio_diffusers.evaluation import evaluators as panel
 from visbio_diffusers.evaluation import features as networks
@@ -376,6 +376,8 @@ def test_script_measures_a_model_at_two_guidance_scales_and_its_images_again(wor
     assert all(len(entry["heldout_wording"]["cnn3"]["per_prompt"]) == 16 for entry in results["runs"])
     assert all(entry["seconds_per_image"] > 0 and entry["peak_memory_gb"] > 0 for entry in results["runs"])
     assert {"versions", "git", "hardware", "command", "seed", "wall_clock_seconds"} <= set(results)
+    assert all(entry["heldout_wording_alignment"]["score"]["n"] == 16 for entry in results["runs"])
+    assert results["alignment_evaluator"]["real_test"]["retrieval"]["value"] > 0.5
     table = Path("out/sweep.md").read_text()
     for entry in results["runs"]:
         for judge in panel.EVALUATORS:
@@ -388,6 +390,33 @@ def test_script_measures_a_model_at_two_guidance_scales_and_its_images_again(wor
     again = json.loads(Path("out/images.json").read_text())
     assert again["runs"][0]["evaluators"] == results["runs"][1]["evaluators"]
     assert "(CAS)" in Path("out/images.md").read_text()
+
+
+def test_command_line_measures_images_also_with_an_extractor_of_ones_own(workspace, monkeypatch, capsys):
+    monkeypatch.chdir(workspace)
+    save_images("drawn.npz", toy_images(32, 7), ["a cell"] * 32)
+    torch.jit.script(_Means()).save("means.pt")
+    flags = ["--dataset_name", "bloodmnist_toy.npz", "--images", "drawn.npz", "--evaluators", "evaluators"]
+    flags += ["--device", "cpu", "--output", "cli/results.json"]
+    assert cli.main(["evaluate", *flags, "--extractors", "means.pt"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "cli/results.json"
+    results = json.loads(Path("cli/results.json").read_text())
+    assert set(results["runs"][0]["evaluators"]) == {*panel.EVALUATORS, "means"}
+    assert "FD-means to real test images" in Path("cli/results.md").read_text()
+    page = Path("cli/results.html").read_text()
+    assert "data:image/png;base64," in page and "http" not in page.replace("http://www.w3.org", "")
+    for judge in ("cnn3", "cnn5"):
+        assert f"Recognised as their class by {judge}" in page
+    with pytest.raises(SystemExit) as wrong:
+        cli.main(["evaluate", "--imags", "x"])
+    assert wrong.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    assert cli.main(["evaluate", *flags, "--extractors", "nowhere"]) == 1
+    assert "no extractor nowhere" in capsys.readouterr().err
+
+
+class _Means(torch.nn.Module):
+    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        return images.float().mean(dim=(2, 3))
 
 
 @pytest.mark.parametrize(

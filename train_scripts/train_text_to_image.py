@@ -173,7 +173,7 @@ def load_models(config: TextToImageConfig):
             f"{config.text_encoder} has no vocabulary: name a folder that holds the tokenizer's files too"
         )
     shape = {"sample_size": config.resolution, "cross_attention_dim": text_encoder.config.hidden_size}
-    shape["out_channels"] = given.get("in_channels", 3)
+    shape["in_channels"] = shape["out_channels"] = given.get("in_channels", 3)
     unet = UNETS[given.pop("_class_name", "VisBioUNet")](**{**shape, **given})
     return unet, text_encoder, tokenizer, make_scheduler(config.prediction_type, config.beta_schedule)
 

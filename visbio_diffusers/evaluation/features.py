@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +114,7 @@ def to_pixel_values(images: np.ndarray, device: torch.device | str = "cpu") -> t
 @torch.no_grad()
 def features(model: ImageEncoder, images: np.ndarray, batch_size: int = 256) -> np.ndarray:
     """Return the features of uint8 images `(n, height, width, channels)` as float32 `(n, d)`."""
-    device = next(model.parameters()).device
+    device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
     batches = (to_pixel_values(images[i : i + batch_size], device) for i in range(0, len(images), batch_size))
     return np.concatenate([model.features(batch).float().cpu().numpy() for batch in batches])
 
