@@ -12,11 +12,12 @@ import torch
 
 from visbio_diffusers import VisBioPipeline, cli, load_bank, load_image_dataset
 from visbio_diffusers.config import parse, run
+from visbio_diffusers.data import ImageDataset
 from visbio_diffusers.evaluation import evaluators as panel
 from visbio_diffusers.evaluation import features as networks
 from visbio_diffusers.evaluation import judges, memorization, metrics, protocol, report
 from visbio_diffusers.evaluation.benchmark import EvaluateConfig, check_independent, evaluate
-from visbio_diffusers.evaluation.images import Split, as_split, read_images, save_images
+from visbio_diffusers.evaluation.images import Split, as_split, no_larger, read_images, save_images
 from visbio_diffusers.evaluation.sampling import balanced_labels, generate_images, heldout_prompts
 
 
@@ -295,6 +296,18 @@ def test_images_come_back_from_a_file_and_wrong_files_are_refused(tmp_path):
     np.savez(tmp_path / "wrong.npz", pictures=generated.images)
     with pytest.raises(ValueError, match="has no train_images and train_labels: its keys are pictures"):
         read_images(tmp_path / "wrong.npz", NAMES)
+
+
+def test_larger_images_are_reduced_to_the_real_ones():
+    toy = toy_images(8, 0)
+    real = ImageDataset("toy", "test", toy.images, toy.labels)
+    assert no_larger(toy, real) is toy
+    large = Split(toy.images.repeat(4, axis=1).repeat(4, axis=2), toy.labels)
+    reduced = no_larger(large, real)
+    assert reduced.images.shape == (8, 8, 8, 3) and (reduced.labels == toy.labels).all()
+    assert np.abs(reduced.images.astype(int) - toy.images).mean() < 12
+    small = Split(toy.images[:, :4, :4], toy.labels)
+    assert no_larger(small, real) is small
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path):

@@ -61,7 +61,7 @@ class BenchmarkConfig:
     output_dir: str = field(metadata={"help": "folder of all rows"})
     caption_bank: str = field(default="", metadata={"help": "bank of a set that has none of its own"})
     model: str = field(default="", metadata={"help": "of the row checkpoint; default is the one that ships"})
-    training_preset: str = field(default="blood-28", metadata={"help": "preset of train_text_to_image.py"})
+    generator_preset: str = field(default="blood-28", metadata={"help": "preset of train_text_to_image.py"})
     max_train_steps: int = field(default=800, metadata={"help": "optimizer steps of 64 images, of each text route"})
     num_images: int = field(default=1024, metadata={"help": "images to draw, as many of every class"})
     num_wording_images: int = field(default=256, metadata={"help": "images to draw from held-out wording"})
@@ -92,7 +92,7 @@ def train(config: BenchmarkConfig) -> dict:
     if not pipeline.exists():
         script = Path(__file__).with_name("train_text_to_image.py")
         settings = {
-            "preset": config.training_preset, "dataset_name": config.dataset_name, "output_dir": str(output),
+            "preset": config.generator_preset, "dataset_name": config.dataset_name, "output_dir": str(output),
             "unet_config": json.dumps(UNETS[config.row]), "seed": str(config.seed), "validation_steps": "0",
             "report_to": "none", "resume_from_checkpoint": "latest", "max_train_steps": str(config.max_train_steps),
         }  # fmt: skip

@@ -171,7 +171,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from visbio_diffusers.config import parse
     from visbio_diffusers.evaluation.benchmark import EvaluateConfig, evaluate
 
-    config = parse(EvaluateConfig, {}, args.flags)
+    config = parse(EvaluateConfig, {}, args.flags, "visbio evaluate")
     evaluate(config)
     _say(config.output)
 
@@ -180,7 +180,7 @@ def _audit(args: argparse.Namespace) -> None:
     from visbio_diffusers.config import parse
     from visbio_diffusers.evaluation.audit import AuditConfig, audit
 
-    config = parse(AuditConfig, {}, args.flags)
+    config = parse(AuditConfig, {}, args.flags, "visbio audit")
     audit(config)
     _say(str(Path(config.output, "audit.json")))
 

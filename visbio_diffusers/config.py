@@ -100,7 +100,10 @@ class _Parser(HfArgumentParser):
 
 
 def parse(
-    config_class: type[ConfigClass], presets: dict[str, dict[str, Any]], argv: list[str] | None = None
+    config_class: type[ConfigClass],
+    presets: dict[str, dict[str, Any]],
+    argv: list[str] | None = None,
+    prog: str | None = None,
 ) -> ConfigClass:
     """Build a config from defaults < `--preset NAME` < `--config FILE.json` < flags.
 
@@ -108,6 +111,7 @@ def parse(
         config_class (subclass of `TrainConfig`): its fields are the flags.
         presets (`dict`): name -> settings by field name.
         argv (`list[str]`, *optional*): the command line without the program; `sys.argv[1:]` by default.
+        prog (`str`, *optional*): the program, as help and errors name it; that of the process by default.
 
     Raises:
         SystemExit: with code 2 and one line on stderr, for an unknown flag, preset or setting, a value outside its
@@ -115,14 +119,16 @@ def parse(
     """
     argv = sys.argv[1:] if argv is None else argv
     sources = _Parser(add_help=False, allow_abbrev=False)
-    parser = _Parser(config_class, allow_abbrev=False, description=(config_class.__doc__ or "").split("\n")[0])
+    description = (config_class.__doc__ or "").split("\n")[0]
+    parser = _Parser(config_class, allow_abbrev=False, description=description, prog=prog)
     for each in (sources, parser):
-        each.add_argument("--preset", metavar="NAME", help=f"one of: {', '.join(presets)}")
+        if presets:
+            each.add_argument("--preset", metavar="NAME", help=f"one of: {', '.join(presets)}")
         each.add_argument("--config", metavar="FILE.json", help="settings saved by an earlier run")
     chosen, _ = sources.parse_known_args(argv)
 
     flags: list[str] = []
-    if chosen.preset is not None:
+    if presets and chosen.preset is not None:
         if chosen.preset not in presets:
             parser.error(f"unknown preset {chosen.preset!r}; there are: {', '.join(presets) or 'none'}")
         flags += _as_flags(parser, config_class, presets[chosen.preset], f"preset {chosen.preset}")

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from visbio_diffusers import VisBioPipeline
 from visbio_diffusers.captions import load_bank
 from visbio_diffusers.data import load_image_dataset
-from visbio_diffusers.evaluation.images import Split, as_split, read_images
+from visbio_diffusers.evaluation.images import Split, as_split, no_larger, read_images
 from visbio_diffusers.evaluation.memorization import (
     best_matches,
     denoising_losses,
@@ -102,6 +103,7 @@ def audit(config: AuditConfig) -> int:
     real = load_image_dataset(config.dataset_name, "test", caption_bank=bank)
     if real.class_names is None:
         raise ValueError(f"{real.name} has no classes: name a --caption_bank")
+    pipe = None
     if config.model:
         pipe, facts = load_pipeline(config.model, config.device)
         words = load_bank(real.bank)
@@ -113,6 +115,7 @@ def audit(config: AuditConfig) -> int:
         generated, results = Split(drawn.images, labels), results | facts
     else:
         generated = read_images(config.images, real.class_names, real.bank)
+    generated = no_larger(generated, real)
     form = {"resolution": generated.images.shape[1], "channels": generated.images.shape[3], "caption_bank": bank}
     trained_on = {"max_samples": config.max_train_samples or None}
     train = as_split(load_image_dataset(config.dataset_name, "train", **form, **trained_on))
@@ -120,7 +123,7 @@ def audit(config: AuditConfig) -> int:
     found, unseen = (look(split.images, train.images, config.device) for split in (generated, test))
     results |= {"seed": config.seed, "n": len(generated.images), "n_unseen": len(test.images)}
     results["near_copies"] = copy_rates(found, unseen, class_weights(test.labels, generated.labels))
-    if config.model:
+    if isinstance(pipe, VisBioPipeline):
         results["membership_inference"] = infer_membership(pipe, words, train, test, config)
     save_png(closest_pairs(generated.images, train.images, found), Path(config.output, "closest_pairs.png"))
     write_results(results, Path(config.output, "audit.json"))

@@ -23,7 +23,7 @@ from visbio_diffusers.data import ImageDataset, load_image_dataset
 from visbio_diffusers.evaluation.evaluators import Aligner, Evaluator, find_evaluators, load_aligner, load_evaluators
 from visbio_diffusers.evaluation.extractors import load_extractor
 from visbio_diffusers.evaluation.features import weights_hash
-from visbio_diffusers.evaluation.images import Split, as_split, read_images, save_images
+from visbio_diffusers.evaluation.images import Split, as_split, no_larger, read_images, save_images
 from visbio_diffusers.evaluation.page import write_page
 from visbio_diffusers.evaluation.protocol import (
     Reference,
@@ -128,6 +128,12 @@ def evaluate(config: EvaluateConfig) -> int:
         samples = [Sample({}, read_images(config.images, real.class_names, real.bank))]
     if not state.is_main_process:
         return 0
+    samples = [
+        sample._replace(
+            plain=no_larger(sample.plain, real), wording=sample.wording and no_larger(sample.wording, real)
+        )
+        for sample in samples
+    ]
     reference, aligner = prepare_reference(config, samples[0].plain)
     check_independent([*reference.evaluators, aligner], facts)
     results = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from visbio_diffusers.data import ImageDataset, load_image_dataset
+from visbio_diffusers.data import ImageDataset, fit_image, load_image_dataset
 from visbio_diffusers.data.npz import read_npz_split
 from visbio_diffusers.files import whole_file
 
@@ -38,6 +38,15 @@ def as_split(dataset: ImageDataset) -> Split:
     if len({image.shape for image in images}) > 1:
         raise ValueError(f"{name} has images of different sizes: resize them to one size first")
     return Split(np.stack(images), dataset.labels.astype(np.int64))
+
+
+def no_larger(split: Split, real: ImageDataset) -> Split:
+    """Return images reduced to the side of the real ones if they are larger: another pipeline may draw 512 pixels."""
+    side = min(real[0]["image"].shape[:2])
+    if split.images.shape[1] == split.images.shape[2] <= side:
+        return split
+    channels = split.images.shape[3]
+    return Split(np.stack([fit_image(image, side, channels) for image in split.images]), split.labels)
 
 
 def read_images(source: str | Path, class_names: tuple[str, ...], caption_bank: str | None = None) -> Split:
