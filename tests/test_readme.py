@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -28,13 +29,19 @@ ENVIRONMENT = {
 }
 
 
+SMALL = {
+    "evaluate": "--num_images 16 --num_wording_images 8 --num_inference_steps 2 --evaluator_steps 2".split(),
+    "audit": "--num_images 16 --num_members 16".split(),
+}
+
+
 def run(command, folder):
     done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+def workplace(tmp_path_factory, visbio_data):
     """A folder in which the README's relative paths hold, with images of one's own as it describes them."""
     folder = tmp_path_factory.mktemp("readme")
     for name in ("train_scripts", "model_cards"):
@@ -44,6 +51,9 @@ def workplace(tmp_path_factory):
         Image.new("RGB", (64, 64), (90 * number, 0, 90)).save(folder / "my_images" / f"{number:04d}.png")
     line = BLOCKS["json"][0]
     (folder / "my_images" / "metadata.jsonl").write_text(line + line.replace("0001", "0002"))
+    with np.load(visbio_data / "medmnist" / "bloodmnist_rebuilt_28.npz") as real:
+        few = {name: real[name][:200] for name in real.files if name.endswith(("images", "labels"))}
+    np.savez(folder / "bloodmnist_few.npz", **few)
     return folder
 
 
@@ -55,11 +65,16 @@ def test_commands_run_as_written(workplace):
             words[1:2] = ["launch", "--cpu", "--num_processes", "1"]
             words += ["--max_train_steps", "2", "--train_batch_size", "2", "--report_to", "none"]
             words += ["--validation_steps", "0", "--lr_warmup_steps", "1"]
+        elif words[1] in SMALL:
+            words = [re.sub("^bloodmnist$", "bloodmnist_few.npz", word) for word in words] + SMALL[words[1]]
         else:
             words = [re.sub(r"^100$", "1", word) for word in words]  # --per-class 100
         run(words, workplace)
     assert Image.open(workplace / "out.png").width > 28
     assert Image.open(workplace / "mine.png").info["synthetic"]
+    report = workplace / "runs" / "report"
+    assert {"results.json", "results.md", "results.html", "audit"} <= {file.name for file in report.iterdir()}
+    assert Image.open(report / "audit" / "closest_pairs.png").width > 900
 
 
 def test_python_blocks_run_as_written(workplace):

@@ -91,7 +91,7 @@ def card_rows(results: dict) -> list[list[str]]:
     if all(scores):
         real = results["real_training_images"]["classification_accuracy_score"]
         title = "Accuracy on real test images of a classifier trained on these images alone (CAS)"
-        rows.append([title, *map(_cell, scores), _cell(real)])
+        rows.append([title, *map(cell, scores), cell(real)])
     return rows
 
 
@@ -124,7 +124,7 @@ def _benchmark_row(results: dict) -> list[str]:
         run["near_copies_pixels"]["0.05"],
     ]
     digits = [3, 3, 1, 1, 3, 3]
-    shown = [_cell(cell, digits=number) for cell, number in zip(cells, digits, strict=True)]
+    shown = [cell(entry, digits=number) for entry, number in zip(cells, digits, strict=True)]
     return [results["row"].replace("_", " "), training, *shown, f"`{results['command']}`"]
 
 
@@ -146,7 +146,8 @@ def _run_title(run: dict) -> str:
     return "Generated" if scale is None else f"Generated, guidance {scale:g}"
 
 
-def _cell(entry: dict | None, digits: int = 3, scale: float = 1) -> str:
+def cell(entry: dict | None, digits: int = 3, scale: float = 1) -> str:
+    """Return a value with its interval as text, a dash for None."""
     if entry is None:  # too few images to tell
         return "-"
     value, low, high = (entry[name] * scale for name in ("value", "low", "high"))
@@ -156,7 +157,7 @@ def _cell(entry: dict | None, digits: int = 3, scale: float = 1) -> str:
 def _judge_rows(judge: dict, runs: list[dict]) -> list[list[str]]:
     name = judge["name"]
     measured = [run["evaluators"][name] for run in runs]
-    floor = _cell(measured[0]["frechet"]["floor"])
+    floor = cell(measured[0]["frechet"]["floor"])
     rows = [] if judge["real_test"] is None else _recognition_rows(judge, runs)
     rows += [
         _row(f"Distance within a class, generated / real ({name})", measured, "within_class_distance", "ratio", "1"),
@@ -164,11 +165,11 @@ def _judge_rows(judge: dict, runs: list[dict]) -> list[list[str]]:
         _row(f"FD-{name} / that of as many real training images", measured, "frechet", "ratio", "1"),
     ]
     kernel = [entry["kernel_distance"] for entry in measured]
-    cells = [_cell(entry, scale=1000) for entry in [*(each["generated"] for each in kernel), kernel[0]["real"]]]
+    cells = [cell(entry, scale=1000) for entry in [*(each["generated"] for each in kernel), kernel[0]["real"]]]
     rows.append([f"Kernel distance of {name} features to real test images, x 1000", *cells])
     for measure in MANIFOLD_MEASURES:
-        cells = [_cell(entry["manifold"]["generated"][measure]) for entry in measured]
-        rows.append([f"{measure.capitalize()} ({name})", *cells, _cell(measured[0]["manifold"]["real"][measure])])
+        cells = [cell(entry["manifold"]["generated"][measure]) for entry in measured]
+        rows.append([f"{measure.capitalize()} ({name})", *cells, cell(measured[0]["manifold"]["real"][measure])])
     return rows + _copy_rows(f"nearest in features of {name}", [m["near_copies"] for m in measured])
 
 
@@ -180,31 +181,31 @@ def _alignment_rows(judge: dict, runs: list[dict]) -> list[list[str]]:
             measures = {"score": f"100 x cosine of images and {title} ({name})"}
             measures["retrieval"] = f"Images nearer to their {title} than to other classes' ({name})"
             for measure, text in measures.items():
-                rows.append([text, *(_cell(run[key][measure]) for run in runs), _cell(judge["real_test"][measure])])
+                rows.append([text, *(cell(run[key][measure]) for run in runs), cell(judge["real_test"][measure])])
     return rows
 
 
 def _recognition_rows(judge: dict, runs: list[dict]) -> list[list[str]]:
     """Return the rows that only a classifier has."""
-    name, real = judge["name"], _cell(judge["real_test"]["overall"])
+    name, real = judge["name"], cell(judge["real_test"]["overall"])
     measured = [run["evaluators"][name] for run in runs]
     rows = [_row(f"Recognised as the class in the prompt ({name})", measured, "fidelity", "overall", real)]
     if all("heldout_wording" in run for run in runs):
-        cells = [_cell(run["heldout_wording"][name]["overall"]) for run in runs]
+        cells = [cell(run["heldout_wording"][name]["overall"]) for run in runs]
         rows.append([f"The same, prompts in held-out wording ({name})", *cells, real])
     title = f"Distance within a class, recognised images only ({name})"
     return [*rows, _row(title, measured, "recognised_within_class_distance", "ratio", "1")]
 
 
 def _row(title: str, measured: list[dict], measure: str, part: str, real: str) -> list[str]:
-    return [title, *(_cell(entry[measure][part]) for entry in measured), real]
+    return [title, *(cell(entry[measure][part]) for entry in measured), real]
 
 
 def _copy_rows(space: str, copies: list[dict]) -> list[list[str]]:
     return [
         [f"Near-copies of training images, {space}, {quantile} of real test images", *cells, quantile]
         for quantile in copies[0]
-        if (cells := [_cell(entry[quantile]) for entry in copies])
+        if (cells := [cell(entry[quantile]) for entry in copies])
     ]
 
 
