@@ -320,6 +320,13 @@ def test_results_are_written_whole_or_not_at_all(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["results.json"]
 
 
+def test_command_is_the_one_that_was_typed(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/.venv/bin/visbio", "evaluate", "--output", "a b.json"])
+    assert report.environment()["command"] == "visbio evaluate --output 'a b.json'"
+    monkeypatch.setattr("sys.argv", ["train_scripts/evaluate.py", "--fast"])
+    assert report.environment()["command"] == "python train_scripts/evaluate.py --fast"
+
+
 def test_git_state_of_a_checkout_and_of_an_installed_package(tmp_path):
     assert report.git_state(tmp_path) is None
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]

@@ -7,15 +7,19 @@ d = n / 2). The bootstrap would repeat rows, and a repeated row is its own neare
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
+from visbio_diffusers.evaluation.metrics import Z_95
+
 
 NEAREST_K = 5  # Naeem et al. 2020
 NUM_HALVES = 50
 MANIFOLD_MEASURES = ("precision", "recall", "density", "coverage")
+RANGES = {"kernel": (-math.inf, math.inf), "density": (0, math.inf)}  # the others are shares
 
 
 def kernel_distance(features: np.ndarray, reference: np.ndarray) -> float:
@@ -110,7 +114,7 @@ def manifold_measures_with_intervals(
 def _with_intervals(
     values: dict[str, float], of_half: Callable[[torch.Tensor, torch.Tensor], dict], n: int, m: int, seed: int
 ) -> dict[str, dict]:
-    """Give each value a 95 % interval: the spread of half-samples about their own mean, laid around the value."""
+    """Give each value a 95 % interval: 1.96 times the spread of half-samples on either side, within its range."""
     rng = np.random.default_rng(seed)
     draws = []
     for _ in range(NUM_HALVES):
@@ -118,7 +122,7 @@ def _with_intervals(
         draws.append(of_half(rows, columns))
     result = {}
     for name, value in values.items():
-        half = np.array([draw[name] for draw in draws])
-        low, high = value + np.quantile(half - half.mean(), [0.025, 0.975])
-        result[name] = {"value": value, "low": float(low), "high": float(high), "n": n}
+        reach = Z_95 * float(np.std([draw[name] for draw in draws], ddof=1))
+        least, most = RANGES.get(name, (0, 1))
+        result[name] = {"value": value, "low": max(least, value - reach), "high": min(most, value + reach), "n": n}
     return result

@@ -37,8 +37,14 @@ def environment() -> dict:
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if cuda else None,
         },
-        "command": shlex.join(["python", *sys.argv]),
+        "command": _command(sys.argv),
     }
+
+
+def _command(argv: list[str]) -> str:
+    """Return the command line as one would type it, without the folder of an installed program."""
+    program = Path(argv[0])
+    return shlex.join(["python", *argv] if program.suffix == ".py" else [program.name, *argv[1:]])
 
 
 def git_state(folder: Path) -> dict | None:
