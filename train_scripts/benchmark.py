@@ -129,9 +129,9 @@ def main(config: BenchmarkConfig) -> int:
     else:
         settings = train(config)
         steps = len((config.folder / "training" / "loss.jsonl").read_text().splitlines())
-        record = json.loads(Path(settings["model"], "training.json").read_text())
-        budget = {"training_seconds": training_seconds(config, config.row), "training": record}
-        budget["images_seen"] = steps * record["config"]["train_batch_size"]
+        used = json.loads(Path(settings["model"], "training.json").read_text())["config"]
+        budget = {"training_seconds": training_seconds(config, config.row), "unet_config": used["unet_config"]}
+        budget["images_seen"] = steps * used["train_batch_size"] * used["gradient_accumulation_steps"]
     output = config.folder / "results.json"
     common = {name: getattr(config, name) for name in ("dataset_name", "caption_bank", "evaluators", "cas", "seed")}
     evaluate(EvaluateConfig(output=str(output), device=config.device, **common, **settings))
