@@ -46,6 +46,8 @@ def evaluator_folder(tmp_path_factory):
 def reference(evaluator_folder):
     train, test = toy_images(480, 0), toy_images(240, 1)
     evaluators = panel.load_evaluators(evaluator_folder, train, test, len(NAMES), 40)
+    dataset = ImageDataset("toy", "train", train.images, train.labels, class_names=NAMES, bank="bloodmnist")
+    panel.load_aligner(evaluator_folder, dataset, train, 120)
     return protocol.make_reference(NAMES, train, test, evaluators, balanced_labels(160, len(NAMES)))
 
 
