@@ -19,7 +19,7 @@ from visbio_diffusers.evaluation import features as networks
 from visbio_diffusers.evaluation import judges, memorization, metrics, protocol, report
 from visbio_diffusers.evaluation.benchmark import EvaluateConfig, check_independent, evaluate
 from visbio_diffusers.evaluation.images import Split, as_split, no_larger, read_images, save_images
-from visbio_diffusers.evaluation.sampling import balanced_labels, generate_images, heldout_prompts
+from visbio_diffusers.evaluation.sampling import balanced_labels, draw_on_cores, generate_images, heldout_prompts
 
 
 NAMES = load_bank("bloodmnist").class_names
@@ -358,6 +358,18 @@ def test_a_killed_drawing_goes_on_and_a_damaged_batch_is_named(workspace, tmp_pa
     (tmp_path / "store" / "00000004.npz").write_bytes(b"PK")
     with pytest.raises(ValueError, match="00000004.npz is damaged: delete it"):
         draw()
+
+
+def test_processes_draw_what_one_draws(workspace, tmp_path):
+    pipe = VisBioPipeline.from_pretrained(workspace / "pipeline")
+    prompts, options = ["a cell", "a monocyte", "a cell"], {"num_inference_steps": 2}
+    alone = generate_images(pipe, prompts, 7, 1, **options).images
+    draw_on_cores(str(workspace / "pipeline"), prompts, 7, 1, tmp_path, 2, **options)
+    pipe.unet = None  # nothing is left to draw
+    assert (generate_images(pipe, prompts, 7, 1, store=tmp_path, **options).images == alone).all()
+    with pytest.raises(ValueError, match="num_inference_steps"):
+        draw_on_cores(str(workspace / "pipeline"), prompts, 8, 1, tmp_path / "new", 2, num_inference_steps=0)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.fixture(scope="module")

@@ -134,13 +134,12 @@ def test_audit_of_a_model_asks_it_what_it_was_trained_on(workspace, tiny_pipelin
 
 @pytest.mark.slow
 def test_a_model_that_has_learned_a_hundred_images_by_heart_is_caught(visbio_data, tmp_path):
-    """Our own script, on 100 images for 480 epochs; beside it, real images that nobody trained on. About 15 minutes."""
+    """Our own script, on 100 images for 480 epochs; beside it, real images that nobody trained on. Takes minutes."""
     dataset = str(visbio_data / "medmnist" / "bloodmnist_rebuilt_28.npz")
-    shape = (
-        '{"block_out_channels": [32, 64, 128], "layers_per_block": 1, "num_transformer_layers": 2, "film_dim": 128}'
-    )
+    shape = {"block_out_channels": [32, 64, 128], "layers_per_block": 1, "num_transformer_layers": 2, "film_dim": 128}
     settings = {
-        "dataset_name": dataset, "max_train_samples": 100, "unet_config": shape, "output_dir": tmp_path / "run",
+        "dataset_name": dataset, "max_train_samples": 100, "output_dir": tmp_path / "run",
+        "unet_config": json.dumps(shape),
         "train_batch_size": 32, "learning_rate": 2e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 50,
         "ema_decay": 0.99, "max_train_steps": 1500, "validation_steps": 0, "report_to": "none",
         "captions_per_class": 16,
@@ -149,13 +148,7 @@ def test_a_model_that_has_learned_a_hundred_images_by_heart_is_caught(visbio_dat
     subprocess.run([sys.executable, script, *(f"--{name}={value}" for name, value in settings.items())], check=True)
     unseen = as_split(load_image_dataset(dataset, "val"))
     np.savez(tmp_path / "unseen.npz", train_images=unseen.images[:256], train_labels=unseen.labels[:256])
-    common = {
-        "dataset_name": dataset,
-        "max_train_samples": 100,
-        "num_images": 128,
-        "num_members": 100,
-        "device": "cpu",
-    }
+    common = {"dataset_name": dataset, "max_train_samples": 100, "num_images": 128, "num_members": 100}
     audit(AuditConfig(model=str(tmp_path / "run" / "pipeline"), output=str(tmp_path / "model"), **common))
     audit(AuditConfig(images=str(tmp_path / "unseen.npz"), output=str(tmp_path / "unseen"), **common))
     planted, clean = (json.loads((tmp_path / name / "audit.json").read_text()) for name in ("model", "unseen"))

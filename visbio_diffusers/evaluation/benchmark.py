@@ -36,7 +36,13 @@ from visbio_diffusers.evaluation.protocol import (
     real_training_images,
 )
 from visbio_diffusers.evaluation.report import environment, render_card_results, write_results
-from visbio_diffusers.evaluation.sampling import balanced_labels, generate_images, heldout_prompts, store_name
+from visbio_diffusers.evaluation.sampling import (
+    balanced_labels,
+    draw_on_cores,
+    generate_images,
+    heldout_prompts,
+    store_name,
+)
 from visbio_diffusers.grid import contact_sheet
 from visbio_diffusers.load import load_pipeline
 
@@ -69,6 +75,7 @@ class EvaluateConfig:
     )
     num_inference_steps: int = _flag(0, "denoising steps; 0 is the pipeline's default")
     batch_size: int = _flag(64, "images generated at once")
+    num_processes: int = _flag(0, "processes that draw on a CPU; 0 is one for each of up to four cores")
     seed: int = _flag(0, "seed of the generated images, the real images beside them, and the resampling")
     evaluators: str = _flag("", "folder of evaluators, trained if empty; default: those shipped, or runs/evaluators")
     extractors: list[str] = field(
@@ -90,8 +97,8 @@ class EvaluateConfig:
             raise ValueError("guidance_scale, guidance_interval and num_inference_steps need --model")
         if min(self.num_images, self.batch_size, self.evaluator_steps, self.cas_steps) < 1:
             raise ValueError("num_images, batch_size, evaluator_steps and cas_steps must be at least 1")
-        if self.num_wording_images < 0:
-            raise ValueError("num_wording_images must be at least 0")
+        if min(self.num_wording_images, self.num_processes) < 0:
+            raise ValueError("num_wording_images and num_processes must be at least 0")
 
     @property
     def store(self) -> Path:
@@ -168,9 +175,13 @@ def draw_samples(pipe, facts: dict, bank: CaptionBank, config: EvaluateConfig) -
     prompts = [bank.plain_caption(int(label)) for label in labels]
     wording_prompts = heldout_prompts(bank, wording_labels)
     scheduler = type(pipe.scheduler).__name__, dict(pipe.scheduler.config)
+    alone = PartialState().num_processes == 1 and pipe.device.type == "cpu"
+    processes = (config.num_processes or min(torch.get_num_threads(), 4)) if alone else 1
 
     def draw(texts: list[str], seed: int, options: dict):
         store = config.store / store_name(facts, scheduler, texts, seed, config.batch_size, options)
+        if processes > 1:
+            draw_on_cores(config.model, texts, seed, config.batch_size, store, processes, **options)
         return generate_images(pipe, texts, seed, config.batch_size, store=store, **options)
 
     defaults = inspect.signature(type(pipe).__call__).parameters
@@ -186,6 +197,7 @@ def draw_samples(pipe, facts: dict, bank: CaptionBank, config: EvaluateConfig) -
             if name in defaults
         }
         cost = {"seconds_per_image": drawn.seconds_per_image, "peak_memory_gb": _peak_memory_gb(pipe.device)}
+        cost["drawing_processes"] = processes if alone else PartialState().num_processes
         wording = None
         if wording_prompts:
             seed = config.seed + len(labels)
@@ -241,7 +253,8 @@ def _peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource  # not on Windows
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return max(peaks) / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def _pictures(sample: Sample, reference: Reference) -> dict[str, Image.Image]:

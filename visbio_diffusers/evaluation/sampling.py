@@ -5,22 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from visbio_diffusers.captions import CaptionBank
 from visbio_diffusers.files import whole_file
-
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
-    from visbio_diffusers.captions import CaptionBank
+from visbio_diffusers.load import load_pipeline
 
 
 def balanced_labels(num_images: int, num_classes: int) -> np.ndarray:
@@ -69,27 +69,78 @@ def generate_images(
         OSError: if a batch cannot be written.
     """
     pipe.set_progress_bar_config(disable=True)
-    state = PartialState()
-    starts = range(0, len(prompts), batch_size)
-    mine = starts if store is None else starts[state.process_index :: state.num_processes]
-    drawn: dict[int, tuple[np.ndarray, float]] = {}
-    for start in tqdm(mine, desc="generating", unit="batch", disable=store is not None and not state.is_main_process):
-        file = store and Path(store, f"{start:08d}.npz")
-        if file and file.exists():
-            continue
-        batch, started = prompts[start : start + batch_size], time.perf_counter()
-        generators = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(batch))]
-        images = pipe(prompt=batch, generator=generators, output_type="np", **options).images
-        images = (images * 255).round().astype(np.uint8)
-        drawn[start] = images, (time.perf_counter() - started) / len(batch)
-        if file:
-            with whole_file(file) as temporary, temporary.open("wb") as stream:
-                np.savez(stream, images=images, seconds=drawn[start][1])
-    if store is not None:
+    starts, state = range(0, len(prompts), batch_size), PartialState()
+    draw = partial(_draw_batch, pipe, prompts, first_seed, batch_size, options)
+    if store is None:
+        batches = [draw(start) for start in tqdm(starts, desc="generating", unit="batch")]
+    else:
+        mine = starts[state.process_index :: state.num_processes]
+        for start in tqdm(mine, desc="generating", unit="batch", disable=not state.is_main_process):
+            if not _batch_file(store, start).exists():
+                _write_batch(_batch_file(store, start), *draw(start))
         state.wait_for_everyone()
-        drawn = {start: _read_batch(Path(store, f"{start:08d}.npz")) for start in starts}
-    batches = [drawn[start] for start in starts]
+        batches = [_read_batch(_batch_file(store, start)) for start in starts]
     return Drawn(np.concatenate([images for images, _ in batches]), float(np.median([each for _, each in batches])))
+
+
+def draw_on_cores(
+    model: str, prompts: list[str], first_seed: int, batch_size: int, store: str | Path, processes: int, **options
+) -> None:
+    """Fill a store with the batches of [`generate_images`], by several processes on the CPU, each with its own model.
+
+    The threads of this process are divided among them: two of one thread draw more than one of two.
+
+    Args:
+        model (`str`): see [`load_pipeline`].
+        processes (`int`): how many.
+        prompts, first_seed, batch_size, store, options: see [`generate_images`].
+    """
+    missing = [start for start in range(0, len(prompts), batch_size) if not _batch_file(store, start).exists()]
+    if not missing:
+        return
+    settings = model, max(1, torch.get_num_threads() // processes)
+    context = get_context("spawn")
+    with ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=settings) as pool:
+        work = [pool.submit(_work, prompts, first_seed, batch_size, options, start, store) for start in missing]
+        try:
+            for done in tqdm(as_completed(work), desc="generating", unit="batch", total=len(work)):
+                done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+_worker: dict[str, DiffusionPipeline] = {}  # the pipeline of a process of `draw_on_cores`
+
+
+def _start_worker(model: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    _worker["pipe"], _ = load_pipeline(model, "cpu")
+    _worker["pipe"].set_progress_bar_config(disable=True)
+
+
+def _work(prompts: list[str], first_seed: int, batch_size: int, options: dict, start: int, store: str | Path) -> None:
+    drawn = _draw_batch(_worker["pipe"], prompts, first_seed, batch_size, options, start)
+    _write_batch(_batch_file(store, start), *drawn)
+
+
+def _draw_batch(
+    pipe: DiffusionPipeline, prompts: list[str], first_seed: int, batch_size: int, options: dict, start: int
+) -> tuple[np.ndarray, float]:
+    """Return the images of the batch that begins at `start`, and the seconds per image."""
+    batch, started = prompts[start : start + batch_size], time.perf_counter()
+    generators = [torch.Generator().manual_seed(first_seed + start + i) for i in range(len(batch))]
+    images = pipe(prompt=batch, generator=generators, output_type="np", **options).images
+    return (images * 255).round().astype(np.uint8), (time.perf_counter() - started) / len(batch)
+
+
+def _write_batch(file: Path, images: np.ndarray, seconds: float) -> None:
+    with whole_file(file) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, images=images, seconds=seconds)
+
+
+def _batch_file(store: str | Path, start: int) -> Path:
+    return Path(store, f"{start:08d}.npz")
 
 
 def _read_batch(file: Path) -> tuple[np.ndarray, float]:
