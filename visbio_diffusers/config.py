@@ -13,7 +13,8 @@ from transformers import HfArgumentParser
 from visbio_diffusers.files import whole_file
 
 
-def _flag(default: Any, help: str) -> Any:
+def flag(default: Any, help: str) -> Any:
+    """Return a field of a settings class with a default and the text that `--help` shows."""
     return field(default=default, metadata={"help": help})
 
 
@@ -28,32 +29,32 @@ class TrainConfig:
     """
 
     output_dir: str = field(metadata={"help": "folder for checkpoints, logs and the trained model"})
-    seed: int = _flag(0, "seed of the weights, the noise and the order of the data")
-    train_batch_size: int = _flag(64, "images per process and micro-batch")
-    gradient_accumulation_steps: int = _flag(1, "micro-batches per optimizer step")
-    max_train_steps: int = _flag(1000, "optimizer steps to take in all, resumed ones included")
-    max_train_minutes: float = _flag(0.0, "end after so many minutes, as if all steps were taken; 0 is no limit")
-    learning_rate: float = _flag(1e-4, "highest learning rate of AdamW")
-    lr_scheduler: Literal["constant", "constant_with_warmup", "cosine", "linear"] = _flag(
+    seed: int = flag(0, "seed of the weights, the noise and the order of the data")
+    train_batch_size: int = flag(64, "images per process and micro-batch")
+    gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step")
+    max_train_steps: int = flag(1000, "optimizer steps to take in all, resumed ones included")
+    max_train_minutes: float = flag(0.0, "end after so many minutes, as if all steps were taken; 0 is no limit")
+    learning_rate: float = flag(1e-4, "highest learning rate of AdamW")
+    lr_scheduler: Literal["constant", "constant_with_warmup", "cosine", "linear"] = flag(
         "constant", "shape of the learning rate over the optimizer steps"
     )
-    lr_warmup_steps: int = _flag(0, "optimizer steps of linear warm-up (not for lr_scheduler constant)")
-    adam_beta1: float = _flag(0.9, "decay of AdamW's first moment")
-    adam_beta2: float = _flag(0.999, "decay of AdamW's second moment")
-    adam_weight_decay: float = _flag(1e-2, "weight decay of matrices and filters; biases and norms have none")
-    adam_epsilon: float = _flag(1e-8, "AdamW's epsilon")
-    max_grad_norm: float = _flag(1.0, "gradients are scaled down to this norm; inf turns it off")
-    mixed_precision: Literal["no", "fp16", "bf16"] = _flag("no", "precision of the forward pass; weights stay fp32")
-    gradient_checkpointing: bool = _flag(False, "recompute activations in the backward pass: less memory, slower")
-    compile: bool = _flag(False, "compile the model with torch.compile")
-    use_ema: bool = _flag(True, "average the weights over the training and keep the average")
-    ema_decay: float = _flag(0.9999, "highest decay of the average; it starts low and rises")
-    checkpointing_steps: int = _flag(500, "save a checkpoint every so many optimizer steps, and at the end")
-    checkpoints_total_limit: int = _flag(3, "keep this many newest checkpoints; 0 keeps all")
-    resume_from_checkpoint: str = _flag("", "latest, or a checkpoint folder; empty starts afresh")
-    report_to: str = _flag("tensorboard", "none, or any tracker that Accelerate knows, such as wandb")
-    logging_steps: int = _flag(10, "report the loss every so many optimizer steps")
-    dataloader_num_workers: int = _flag(0, "processes that load data; 0 loads in the training process")
+    lr_warmup_steps: int = flag(0, "optimizer steps of linear warm-up (not for lr_scheduler constant)")
+    adam_beta1: float = flag(0.9, "decay of AdamW's first moment")
+    adam_beta2: float = flag(0.999, "decay of AdamW's second moment")
+    adam_weight_decay: float = flag(1e-2, "weight decay of matrices and filters; biases and norms have none")
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon")
+    max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm; inf turns it off")
+    mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "precision of the forward pass; weights stay fp32")
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
+    compile: bool = flag(False, "compile the model with torch.compile")
+    use_ema: bool = flag(True, "average the weights over the training and keep the average")
+    ema_decay: float = flag(0.9999, "highest decay of the average; it starts low and rises")
+    checkpointing_steps: int = flag(500, "save a checkpoint every so many optimizer steps, and at the end")
+    checkpoints_total_limit: int = flag(3, "keep this many newest checkpoints; 0 keeps all")
+    resume_from_checkpoint: str = flag("", "latest, or a checkpoint folder; empty starts afresh")
+    report_to: str = flag("tensorboard", "none, or any tracker that Accelerate knows, such as wandb")
+    logging_steps: int = flag(10, "report the loss every so many optimizer steps")
+    dataloader_num_workers: int = flag(0, "processes that load data; 0 loads in the training process")
 
     def __post_init__(self) -> None:
         """Check every value once, however it was given."""

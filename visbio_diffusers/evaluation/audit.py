@@ -17,6 +17,7 @@ from PIL import Image
 
 from visbio_diffusers import VisBioPipeline
 from visbio_diffusers.captions import load_bank
+from visbio_diffusers.config import flag
 from visbio_diffusers.data import load_image_dataset
 from visbio_diffusers.evaluation.images import Split, as_split, no_larger, read_images
 from visbio_diffusers.evaluation.memorization import (
@@ -37,25 +38,21 @@ from visbio_diffusers.load import load_pipeline
 SHEET_PAIRS = 24
 
 
-def _flag(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True, kw_only=True)
 class AuditConfig:
     """Look for training images among generated ones, and ask the model which images it was trained on."""
 
     dataset_name: str = field(metadata={"help": "the set of the training, splits train and test: flag, npz or folder"})
     output: str = field(metadata={"help": "folder for audit.json and the sheet of the closest pairs"})
-    caption_bank: str = _flag("", "bank of a set that has none of its own: name, or YAML file")
-    model: str = _flag("", "folder or Hub id of the pipeline to audit")
-    images: str = _flag("", "instead of a model: npz with train_images and train_labels, or a labelled image folder")
-    num_images: int = _flag(1024, "images to generate, as many of every class")
-    num_members: int = _flag(1024, "images of either split whose denoising is compared")
-    max_train_samples: int = _flag(0, "the model was trained on so many images of the train split; 0 is all")
-    batch_size: int = _flag(64, "images generated at once")
-    seed: int = _flag(0, "seed of the generated images and of the choice of real ones")
-    device: str = _flag("cuda" if torch.cuda.is_available() else "cpu", "where to generate and to compare")
+    caption_bank: str = flag("", "bank of a set that has none of its own: name, or YAML file")
+    model: str = flag("", "folder or Hub id of the pipeline to audit")
+    images: str = flag("", "instead of a model: npz with train_images and train_labels, or a labelled image folder")
+    num_images: int = flag(1024, "images to generate, as many of every class")
+    num_members: int = flag(1024, "images of either split whose denoising is compared")
+    max_train_samples: int = flag(0, "the model was trained on so many images of the train split; 0 is all")
+    batch_size: int = flag(64, "images generated at once")
+    seed: int = flag(0, "seed of the generated images and of the choice of real ones")
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to generate and to compare")
 
     def __post_init__(self) -> None:
         """Check what the types do not."""

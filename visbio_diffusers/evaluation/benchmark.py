@@ -19,6 +19,7 @@ from accelerate import PartialState
 from PIL import Image
 
 from visbio_diffusers.captions import CaptionBank, load_bank
+from visbio_diffusers.config import flag
 from visbio_diffusers.data import ImageDataset, load_image_dataset
 from visbio_diffusers.evaluation.evaluators import Aligner, Evaluator, find_evaluators, load_aligner, load_evaluators
 from visbio_diffusers.evaluation.extractors import load_extractor
@@ -50,10 +51,6 @@ from visbio_diffusers.load import load_pipeline
 SHEET_PER_CLASS = 12
 
 
-def _flag(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Measure generated images: fidelity, diversity, distance to real ones, near-copies, usefulness for training."""
@@ -62,32 +59,32 @@ class EvaluateConfig:
     output: str = field(
         metadata={"help": "JSON file for the results; the Markdown table and a page of HTML go beside it"}
     )
-    caption_bank: str = _flag("", "bank of a set that has none of its own: name, or YAML file")
-    model: str = _flag("", "folder or Hub id of the pipeline to measure")
-    images: str = _flag("", "instead of a model: npz with train_images and train_labels, or a labelled image folder")
-    num_images: int = _flag(2048, "images to generate, as many of every class")
-    num_wording_images: int = _flag(512, "images to generate from held-out wording; 0 leaves them out")
+    caption_bank: str = flag("", "bank of a set that has none of its own: name, or YAML file")
+    model: str = flag("", "folder or Hub id of the pipeline to measure")
+    images: str = flag("", "instead of a model: npz with train_images and train_labels, or a labelled image folder")
+    num_images: int = flag(2048, "images to generate, as many of every class")
+    num_wording_images: int = flag(512, "images to generate from held-out wording; 0 leaves them out")
     guidance_scale: list[float] = field(
         default_factory=list, metadata={"help": "one or more values, each measured; default is the pipeline's"}
     )
     guidance_interval: list[float] = field(
         default_factory=list, metadata={"help": "low and high share of the timesteps that are guided"}
     )
-    num_inference_steps: int = _flag(0, "denoising steps; 0 is the pipeline's default")
-    batch_size: int = _flag(64, "images generated at once")
-    num_processes: int = _flag(0, "processes that draw on a CPU; 0 is one for each of up to four cores")
-    seed: int = _flag(0, "seed of the generated images, the real images beside them, and the resampling")
-    evaluators: str = _flag("", "folder of evaluators, trained if empty; default: those shipped, or runs/evaluators")
+    num_inference_steps: int = flag(0, "denoising steps; 0 is the pipeline's default")
+    batch_size: int = flag(64, "images generated at once")
+    num_processes: int = flag(0, "processes that draw on a CPU; 0 is one for each of up to four cores")
+    seed: int = flag(0, "seed of the generated images, the real images beside them, and the resampling")
+    evaluators: str = flag("", "folder of evaluators, trained if empty; default: those shipped, or runs/evaluators")
     extractors: list[str] = field(
         default_factory=list,
         metadata={"help": "more features: folders of Transformers' vision models (DINOv2), inception-2015-12-05.pt"},
     )
-    evaluator_steps: int = _flag(2000, "optimizer steps of an evaluator")
-    cas_steps: int = _flag(600, "optimizer steps of a classifier trained on the generated images alone")
-    flip: bool = _flag(True, "train classifiers on mirror images too; not where left and right are classes")
-    cas: bool = _flag(False, "also train a classifier on the generated images alone, which takes minutes")
-    keep: bool = _flag(False, "keep the generated images as npz beside the results")
-    device: str = _flag("cuda" if torch.cuda.is_available() else "cpu", "where to generate and to measure")
+    evaluator_steps: int = flag(2000, "optimizer steps of an evaluator")
+    cas_steps: int = flag(600, "optimizer steps of a classifier trained on the generated images alone")
+    flip: bool = flag(True, "train classifiers on mirror images too; not where left and right are classes")
+    cas: bool = flag(False, "also train a classifier on the generated images alone, which takes minutes")
+    keep: bool = flag(False, "keep the generated images as npz beside the results")
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "where to generate and to measure")
 
     def __post_init__(self) -> None:
         """Check what the types do not."""
