@@ -280,13 +280,32 @@ def test_evaluators_of_other_images_are_refused(evaluator_folder, reference):
         panel.load_evaluators(evaluator_folder, other, reference.test, len(NAMES), 1)
 
 
+def test_interval_of_clustered_hits_is_that_of_the_clusters():
+    """40 prompts of 25 images each, all right or all wrong: as wide as 40 images would be, not 1,000."""
+    hits = np.repeat(np.arange(40) % 4 > 0, 25)
+    clusters = [str(index) for index in np.repeat(np.arange(40), 25)]
+    entry, alone = metrics.cluster_interval(hits, clusters), metrics.proportion_interval(30, 40)
+    assert entry["low"] == pytest.approx(alone["low"], abs=0.05)
+    assert entry["high"] == pytest.approx(alone["high"], abs=0.05)
+
+
+def test_classes_of_which_there_are_few_are_few_on_all_sides(reference):
+    labels = balanced_labels(160, len(NAMES))
+    few = Split(reference.test.images[4:], reference.test.labels[4:])
+    few = Split(few.images[few.labels != 2], few.labels[few.labels != 2])
+    some = Split(np.concatenate([few.images, reference.test.images[[2, 10, 18]]]), np.r_[few.labels, [2, 2, 2]])
+    shortened = protocol.make_reference(NAMES, reference.train, some, [], labels)
+    assert np.bincount(shortened.common).tolist() == [20, 20, 3, *[20] * 5]
+    assert (np.sort(some.labels[shortened.matched_test]) == shortened.common).all()
+
+
 def test_heldout_prompts_go_through_the_captions_of_each_class():
     bank = load_bank("bloodmnist")
-    labels = balanced_labels(24, len(NAMES))
+    labels = balanced_labels(64, len(NAMES))
     prompts = heldout_prompts(bank, labels)
     for index, (label, prompt) in enumerate(zip(labels, prompts, strict=True)):
-        assert prompt == bank.heldout_captions(int(label))[index // len(NAMES)]
-    assert len(set(prompts)) == 24
+        assert prompt == bank.heldout_captions(int(label))[index // len(NAMES) // 4]  # four images of each
+    assert len(set(prompts)) == 8 * 2
 
 
 def test_images_come_back_from_a_file_and_wrong_files_are_refused(tmp_path):
@@ -394,7 +413,7 @@ def test_an_image_depends_on_its_seed_and_not_on_the_batch(workspace):
 
 def run_script(*arguments: str) -> str | int:
     """Evaluate on the toy set as the script does; return what its process would exit with: a number or a message."""
-    common = ["--dataset_name", "bloodmnist_toy.npz", "--evaluators", "evaluators", "--device", "cpu"]
+    common = ["--dataset_name", "bloodmnist_toy.npz", "--evaluators", "evaluators"]
     with pytest.raises(SystemExit) as exited:
         run(evaluate, parse(EvaluateConfig, {}, [*common, *arguments]))
     return exited.value.code
@@ -408,7 +427,7 @@ def test_script_measures_a_model_at_two_guidance_scales_and_its_images_again(wor
     results = json.loads(Path("out/sweep.json").read_text())
     assert [entry["guidance_scale"] for entry in results["runs"]] == [1, 2]
     assert [entry["num_inference_steps"] for entry in results["runs"]] == [2, 2]
-    assert all(len(entry["heldout_wording"]["cnn3"]["per_prompt"]) == 16 for entry in results["runs"])
+    assert all(len(entry["heldout_wording"]["cnn3"]["per_prompt"]) == 8 for entry in results["runs"])
     assert all(entry["seconds_per_image"] > 0 and entry["peak_memory_gb"] > 0 for entry in results["runs"])
     assert {"versions", "git", "hardware", "command", "seed", "wall_clock_seconds"} <= set(results)
     assert all(entry["heldout_wording_alignment"]["score"]["n"] == 16 for entry in results["runs"])
@@ -458,6 +477,9 @@ class _Means(torch.nn.Module):
     ("arguments", "message"),
     [
         ([], "give either --model or --images"),
+        (["--images", "x.npz", "--output", "r.html"], "output must be a file that ends in .json"),
+        (["--images", "x.npz", "--device", "gpu"], "no device 'gpu' on this machine: it has cpu"),
+        (["--model", "pipeline", "--extractors", "nowhere.pt"], "no extractor nowhere.pt"),
         (["--images", "nothing.npz"], "nothing.npz"),
         (["--images", "missing.npz"], "no file missing.npz"),
         (["--images", "x.npz", "--guidance_scale", "2"], "need --model"),
@@ -465,7 +487,7 @@ class _Means(torch.nn.Module):
 )
 def test_script_refuses_in_one_line(workspace, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(workspace)
-    code = run_script(*arguments, "--output", "refused.json")
+    code = run_script("--output", "refused.json", *arguments)
     complaint = code if isinstance(code, str) else capsys.readouterr().err
     assert code != 0 and message in complaint and len(complaint.splitlines()) == 1
     assert not Path("refused.json").exists()

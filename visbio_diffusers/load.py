@@ -55,7 +55,7 @@ def load_pipeline(
         ValueError: if it is incomplete or damaged, or there is no such device.
         OSError: if the Hub cannot be reached.
     """
-    device = _check_device(device)
+    device = check_device(device)
     folder, name = _find(model)
     try:
         _check_parts(folder)
@@ -114,8 +114,12 @@ def _recorded(folder: Path) -> dict[str, str]:
     return {name: ", ".join(record[name]) for name in ("caption_banks", "reward_sha256") if name in record}
 
 
-def _check_device(device: str | None) -> str:
-    """Return the device, or the fastest one; refuse what this machine lacks."""
+def check_device(device: str | None) -> str:
+    """Return the device, or the fastest one.
+
+    Raises:
+        ValueError: if this machine lacks it; the message names those that it has.
+    """
     found = ["cpu"]
     if torch.backends.mps.is_available():
         found.append("mps")

@@ -19,7 +19,8 @@ from visbio_diffusers.evaluation import features as networks
 from visbio_diffusers.evaluation.features import ImageTextEncoder, to_pixel_values
 from visbio_diffusers.evaluation.judges import augment, minimise
 from visbio_diffusers.evaluation.metrics import Z_95, proportion_interval
-from visbio_diffusers.load import load_pipeline
+from visbio_diffusers.files import digest
+from visbio_diffusers.load import default_model, load_pipeline
 from visbio_diffusers.text import encode_text, text_mask
 
 
@@ -43,6 +44,11 @@ def text_features(device: str = "cpu", batch_size: int = 256) -> TextFeatures:
         return torch.cat(rows).float().cpu().numpy()[[place[text] for text in texts]]
 
     return encode
+
+
+def text_encoder_hash() -> str:
+    """Return the SHA-256 of the weights file of the shipped text encoder."""
+    return digest(default_model() / "text_encoder" / "model.safetensors")
 
 
 def plain_captions(dataset: ImageDataset) -> list[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import shutil
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,15 +15,27 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import PartialState
+from diffusers import DiffusionPipeline
 from PIL import Image
+from torch import nn
 
+from visbio_diffusers import VisBioPipeline
 from visbio_diffusers.captions import CaptionBank, load_bank
 from visbio_diffusers.config import flag
 from visbio_diffusers.data import ImageDataset, load_image_dataset
-from visbio_diffusers.evaluation.evaluators import Aligner, Evaluator, find_evaluators, load_aligner, load_evaluators
+from visbio_diffusers.evaluation.evaluators import (
+    EVALUATORS,
+    Aligner,
+    Evaluator,
+    find_evaluators,
+    images_hash,
+    load_aligner,
+    load_evaluators,
+)
 from visbio_diffusers.evaluation.extractors import load_extractor
 from visbio_diffusers.evaluation.features import weights_hash
 from visbio_diffusers.evaluation.images import Split, as_split, no_larger, read_images, save_images
+from visbio_diffusers.evaluation.memorization import nearest_distances
 from visbio_diffusers.evaluation.page import write_page
 from visbio_diffusers.evaluation.protocol import (
     Reference,
@@ -38,14 +49,17 @@ from visbio_diffusers.evaluation.protocol import (
 )
 from visbio_diffusers.evaluation.report import environment, render_card_results, write_results
 from visbio_diffusers.evaluation.sampling import (
+    Drawn,
     balanced_labels,
     draw_on_cores,
     generate_images,
     heldout_prompts,
+    peak_memory_gb,
     store_name,
 )
+from visbio_diffusers.files import whole_file
 from visbio_diffusers.grid import contact_sheet
-from visbio_diffusers.load import load_pipeline
+from visbio_diffusers.load import check_device, load_pipeline
 
 
 SHEET_PER_CLASS = 12
@@ -74,7 +88,7 @@ class EvaluateConfig:
     batch_size: int = flag(64, "images generated at once")
     num_processes: int = flag(0, "processes that draw on a CPU; 0 is one for each of up to four cores")
     seed: int = flag(0, "seed of the generated images, the real images beside them, and the resampling")
-    evaluators: str = flag("", "folder of evaluators, trained if empty; default: those shipped, or runs/evaluators")
+    evaluators: str = flag("", "folder of judges, trained if empty; default: those shipped, or in runs/evaluators")
     extractors: list[str] = field(
         default_factory=list,
         metadata={"help": "more features: folders of Transformers' vision models (DINOv2), inception-2015-12-05.pt"},
@@ -94,8 +108,10 @@ class EvaluateConfig:
             raise ValueError("guidance_scale, guidance_interval and num_inference_steps need --model")
         if min(self.num_images, self.batch_size, self.evaluator_steps, self.cas_steps) < 1:
             raise ValueError("num_images, batch_size, evaluator_steps and cas_steps must be at least 1")
-        if min(self.num_wording_images, self.num_processes) < 0:
-            raise ValueError("num_wording_images and num_processes must be at least 0")
+        if min(self.num_wording_images, self.num_processes, self.seed) < 0 or self.num_wording_images == 1:
+            raise ValueError("num_wording_images, num_processes and seed must be at least 0, the first not 1")
+        if Path(self.output).suffix != ".json" or Path(self.output).is_dir():
+            raise ValueError(f"output must be a file that ends in .json, got {self.output}")
 
     @property
     def store(self) -> Path:
@@ -121,25 +137,24 @@ def evaluate(config: EvaluateConfig) -> int:
         OSError: if something cannot be read or written.
     """
     started, state = time.perf_counter(), PartialState()
-    real = _load_real(config, "test")
-    if real.class_names is None or (config.model and real.bank is None):
-        raise ValueError(f"{real.name} has no captions for its classes: name a --caption_bank")
+    check_device(config.device)
+    real = check_real(_load_real(config, "test"), bool(config.model))
+    extractors = load_extractors(config.extractors, config.device)
     facts: dict[str, Any] = {}
     if config.model:
         pipe, facts = load_pipeline(config.model, _own_device(config, state))
-        samples = draw_samples(pipe, facts, load_bank(real.bank), config)
+        options, bank = drawing_options(pipe, config), load_bank(real.bank)
+        prompt, labels = bank.plain_caption(0), balanced_labels(config.num_images, len(bank.class_names))
+        example = Split(generate_images(pipe, [prompt], config.seed, 1, **options[0]).images, labels[:1])
     else:
-        samples = [Sample({}, read_images(config.images, real.class_names, real.bank))]
+        example = no_larger(read_images(config.images, real.class_names, real.bank), real)
+        labels = example.labels
+    if state.is_main_process:  # before the drawing, so that nobody waits for a refusal
+        reference, aligner = prepare_reference(config, no_larger(example, real).images, labels, extractors)
+        check_independent([*reference.evaluators, aligner], facts)
+    samples = draw_samples(pipe, facts, bank, options, config) if config.model else [Sample({}, example)]
     if not state.is_main_process:
         return 0
-    samples = [
-        sample._replace(
-            plain=no_larger(sample.plain, real), wording=sample.wording and no_larger(sample.wording, real)
-        )
-        for sample in samples
-    ]
-    reference, aligner = prepare_reference(config, samples[0].plain)
-    check_independent([*reference.evaluators, aligner], facts)
     results = {
         **environment(),
         "source": config.model or config.images,
@@ -156,68 +171,126 @@ def evaluate(config: EvaluateConfig) -> int:
         score = classification_accuracy_score(real_training_images(reference), reference, config.cas_steps)
         results["real_training_images"] = {"classification_accuracy_score": score}
     for sample in samples:
+        plain = no_larger(sample.plain, real)
+        wording = sample.wording and no_larger(sample.wording, real)
+        sample = sample._replace(plain=plain, wording=wording)
         results["runs"].append(_measured(sample, reference, aligner, config))
         results["wall_clock_seconds"] = time.perf_counter() - started
         write_results(results, config.output)
-        Path(config.output).with_suffix(".md").write_text(render_card_results(results), encoding="utf-8")
-        write_page(results, _pictures(samples[0], reference), Path(config.output).with_suffix(".html"))
-    shutil.rmtree(config.store, ignore_errors=True)
+        with whole_file(Path(config.output).with_suffix(".md")) as temporary:
+            temporary.write_text(render_card_results(results), encoding="utf-8")
+        if len(results["runs"]) == 1:
+            pictures = _pictures(sample, reference)
+        write_page(results, pictures, Path(config.output).with_suffix(".html"))
+    if config.model:
+        shutil.rmtree(config.store, ignore_errors=True)
     return 0
 
 
-def draw_samples(pipe, facts: dict, bank: CaptionBank, config: EvaluateConfig) -> list[Sample]:
-    """Draw the images of every guidance scale, by plain prompts and by held-out wording."""
+def check_real(real: ImageDataset, captions: bool) -> ImageDataset:
+    """Return a real set that can be a reference: one class an image, and words for them where `captions` are needed.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    if real.labels is None or real.labels.ndim != 1:
+        raise ValueError(f"{real.name} needs one class label per image to be a reference")
+    if real.class_names is None or (captions and real.bank is None):
+        raise ValueError(f"{real.name} has no captions for its classes: name a --caption_bank")
+    return real
+
+
+def drawing_options(pipe: DiffusionPipeline, config: EvaluateConfig) -> list[dict]:
+    """Return the keyword arguments of the pipeline's call for every set to draw.
+
+    Raises:
+        ValueError: if the pipeline draws without text, or does not take what was asked for.
+    """
+    takes = inspect.signature(type(pipe).__call__).parameters
+    options = {"num_inference_steps": config.num_inference_steps, "guidance_interval": config.guidance_interval}
+    options = {name: value for name, value in options.items() if value}
+    sets = [options | scale for scale in [{"guidance_scale": value} for value in config.guidance_scale] or [{}]]
+    for name in ("prompt", "generator", *sets[0]):
+        if name not in takes:
+            raise ValueError(f"{type(pipe).__name__} takes no {name}, so it cannot be measured like this")
+    return sets
+
+
+def draw_samples(
+    pipe: DiffusionPipeline, facts: dict, bank: CaptionBank, options: list[dict], config: EvaluateConfig
+) -> list[Sample]:
+    """Draw the images of every set of `options`, by plain prompts and by held-out wording."""
     labels = balanced_labels(config.num_images, len(bank.class_names))
     wording_labels = balanced_labels(config.num_wording_images, len(bank.class_names))
     prompts = [bank.plain_caption(int(label)) for label in labels]
     wording_prompts = heldout_prompts(bank, wording_labels)
     scheduler = type(pipe.scheduler).__name__, dict(pipe.scheduler.config)
     alone = PartialState().num_processes == 1 and pipe.device.type == "cpu"
-    processes = (config.num_processes or min(torch.get_num_threads(), 4)) if alone else 1
+    small = isinstance(pipe, VisBioPipeline)  # so that several fit into memory
+    processes = config.num_processes or (min(torch.get_num_threads(), 4) if small else 1)
+    processes = processes if alone else PartialState().num_processes
 
-    def draw(texts: list[str], seed: int, options: dict):
-        store = config.store / store_name(facts, scheduler, texts, seed, config.batch_size, options)
-        if processes > 1:
-            draw_on_cores(config.model, texts, seed, config.batch_size, store, processes, **options)
-        return generate_images(pipe, texts, seed, config.batch_size, store=store, **options)
+    def draw(texts: list[str], seed: int, chosen: dict) -> tuple[Drawn, float | None]:
+        store = config.store / store_name(facts, scheduler, texts, seed, config.batch_size, chosen)
+        settings = {"first_seed": seed, "batch_size": config.batch_size, "store": store, **chosen}
+        if pipe.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pipe.device)
+        memory = None
+        if alone and processes > 1:
+            memory = draw_on_cores(config.model, texts, processes=processes, **settings)
+        drawn = generate_images(pipe, texts, **settings)
+        if pipe.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(pipe.device) / 2**30
+        return drawn, memory or peak_memory_gb()
 
     defaults = inspect.signature(type(pipe).__call__).parameters
-    options = {"num_inference_steps": config.num_inference_steps, "guidance_interval": config.guidance_interval}
-    options = {name: value for name, value in options.items() if value}
     samples = []
-    for scale in [{"guidance_scale": value} for value in config.guidance_scale] or [{}]:
-        chosen = scale | options
-        drawn = draw(prompts, config.seed, chosen)
+    for chosen in options:
+        drawn, memory = draw(prompts, config.seed, chosen)
         used = {
             name: chosen.get(name, defaults[name].default)
             for name in ("guidance_scale", "guidance_interval", "num_inference_steps")
             if name in defaults
         }
-        cost = {"seconds_per_image": drawn.seconds_per_image, "peak_memory_gb": _peak_memory_gb(pipe.device)}
-        cost["drawing_processes"] = processes if alone else PartialState().num_processes
+        cost = {"seconds_per_image": drawn.seconds_per_image, "peak_memory_gb": memory, "processes": processes}
         wording = None
         if wording_prompts:
-            seed = config.seed + len(labels)
-            wording = Split(draw(wording_prompts, seed, chosen).images, wording_labels)
+            wording = Split(draw(wording_prompts, config.seed + len(labels), chosen)[0].images, wording_labels)
         facts_of_run = used | {"scheduler": scheduler[0]} | cost
         samples.append(Sample(facts_of_run, Split(drawn.images, labels), prompts, wording, wording_prompts))
     return samples
 
 
-def prepare_reference(config: EvaluateConfig, generated: Split) -> tuple[Reference, Aligner]:
-    """Return real images of the form of the evaluated ones, with evaluators trained on them."""
-    form = {"resolution": generated.images.shape[1], "channels": generated.images.shape[3]}
+def load_extractors(sources: list[str], device: str) -> dict[str, tuple[nn.Module, str]]:
+    """Return name -> network and source of the user's own extractors.
+
+    Raises:
+        ValueError: if two have one name, or that of a judge.
+    """
+    extractors: dict[str, tuple[nn.Module, str]] = {}
+    for source in sources:
+        name, extractor = load_extractor(source, device)
+        if name in extractors or name in EVALUATORS:
+            raise ValueError(f"there are two extractors named {name}: rename the folder or file {source}")
+        extractors[name] = extractor, source
+    return extractors
+
+
+def prepare_reference(
+    config: EvaluateConfig, example: np.ndarray, labels: np.ndarray, extractors: dict[str, tuple[nn.Module, str]]
+) -> tuple[Reference, Aligner]:
+    """Return real images of the form of `example` `(n, height, width, channels)`, with judges trained on them."""
+    form = {"resolution": example.shape[1], "channels": example.shape[3]}
     real = [_load_real(config, split, **form) for split in ("train", "test")]
     names = real[0].class_names
     train, test = map(as_split, real)
     options = {"flip": config.flip, "device": config.device}
-    folder = config.evaluators or find_evaluators(train) or "runs/evaluators"
+    folder = config.evaluators or find_evaluators(train) or Path("runs/evaluators", images_hash(train)[:12])
     judges = load_evaluators(folder, train, test, len(names), config.evaluator_steps, **options)
-    for source in config.extractors:
-        name, extractor = load_extractor(source, config.device)
+    for name, (extractor, source) in extractors.items():
         judges.append(Evaluator.of(name, extractor, {"source": source}, train, test))
     aligner = load_aligner(folder, real[0], train, config.evaluator_steps, **options)
-    return make_reference(names, train, test, judges, generated.labels, seed=config.seed, **options), aligner
+    return make_reference(names, train, test, judges, labels, seed=config.seed, **options), aligner
 
 
 def check_independent(evaluators: list[Evaluator | Aligner], facts: dict) -> None:
@@ -244,18 +317,8 @@ def _own_device(config: EvaluateConfig, state: PartialState) -> str:
     return f"cuda:{state.local_process_index}" if several else config.device
 
 
-def _peak_memory_gb(device: torch.device) -> float:
-    """Return the peak of the memory that this process has held, on the GPU if it draws there."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource  # not on Windows
-
-    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return max(peaks) / (2**30 if sys.platform == "darwin" else 2**20)
-
-
 def _pictures(sample: Sample, reference: Reference) -> dict[str, Image.Image]:
-    """Return a sheet of the first images of every class, and one of real images in the same order."""
+    """Return sheets: the first images of every class, real ones in the same order, those nearest to training ones."""
     sheets = {}
     real = real_training_images(reference)
     for title, split in (("Generated images", sample.plain), ("Real training images", real)):
@@ -263,13 +326,23 @@ def _pictures(sample: Sample, reference: Reference) -> dict[str, Image.Image]:
         images = [Image.fromarray(split.images[row].squeeze()) for row in rows]
         captions = [reference.class_names[split.labels[row]] for row in rows]
         sheets[title] = contact_sheet(images, captions, SHEET_PER_CLASS, tile=84, caption_lines=1)
+    distances, nearest = nearest_distances(sample.plain.images, reference.train.images, device=reference.device)
+    pairs, captions = [], []
+    for row in np.argsort(distances)[: SHEET_PER_CLASS * 2]:
+        pair = sample.plain.images[row], reference.train.images[nearest[row]]
+        for kind, image in zip(("generated", "training"), pair, strict=True):
+            pairs.append(Image.fromarray(image.squeeze()))
+            captions.append(f"{kind} {distances[row]:.2f}")
+    title = "Nearest to a training image, each beside it, with the distance of their pixels in [0, 1]"
+    sheets[title] = contact_sheet(pairs, captions, SHEET_PER_CLASS, tile=84, caption_lines=1)
     return sheets
 
 
 def _measured(sample: Sample, reference: Reference, aligner: Aligner, config: EvaluateConfig) -> dict:
     result = dict(sample.facts)
     if config.keep and sample.prompts:
-        name = f"{Path(config.output).stem}-guidance-{sample.facts['guidance_scale']:g}.npz"
+        scale = sample.facts.get("guidance_scale")
+        name = Path(config.output).stem + ("" if scale is None else f"-guidance-{scale:g}") + ".npz"
         save_images(Path(config.output).with_name(name), sample.plain, sample.prompts)
     result |= measure(sample.plain, reference, config.cas_steps if config.cas else 0)
     result["alignment"] = aligner(sample.plain, sample.prompts)

@@ -15,6 +15,7 @@ from visbio_diffusers.evaluation.alignment import (
     TextFeatures,
     alignment_scores,
     plain_captions,
+    text_encoder_hash,
     text_features,
     train_alignment,
 )
@@ -141,8 +142,11 @@ def load_aligner(
         common = {"device": device, "description": f"training evaluator {ALIGNMENT}"}
         model = train_alignment(dataset, train.images, encode, **settings, **common)
         training = {**settings, "train_images": len(train.images), "train_sha256": digest}
-        evaluator_features.save(model, path, training)
-    return Aligner(*_load_judge(path, digest, device), encode, plain_captions(dataset))
+        evaluator_features.save(model, path, training | {"text_encoder_sha256": text_encoder_hash()})
+    model, training = _load_judge(path, digest, device)
+    if training["text_encoder_sha256"] != text_encoder_hash():
+        raise ValueError(f"{path} was trained with another text encoder: delete the folder, it is trained anew")
+    return Aligner(model, training, encode, plain_captions(dataset))
 
 
 def find_evaluators(train: Split) -> Path | None:

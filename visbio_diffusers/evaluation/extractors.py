@@ -7,8 +7,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel
+
+from visbio_diffusers.files import one_line
 
 
 class TransformersExtractor(nn.Module):
@@ -26,22 +29,23 @@ class TransformersExtractor(nn.Module):
         super().__init__()
         try:
             processing = json.loads(Path(folder, "preprocessor_config.json").read_text())
-            self.net = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder} holds no vision model of Transformers as safetensors: {error}") from error
-        size = processing.get("crop_size") or processing["size"]
-        self.side = size if isinstance(size, int) else size.get("height", size.get("shortest_edge"))
+            settings = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32}
+            self.net = AutoModel.from_pretrained(folder, **settings)
+            size = processing.get("crop_size") or processing["size"]
+            self.side = size if isinstance(size, int) else size.get("height", size.get("shortest_edge"))
+            for name in ("image_mean", "image_std"):
+                self.register_buffer(name, torch.tensor(processing[name]).reshape(1, 3, 1, 1))
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise ValueError(
+                f"{folder} holds no vision model of Transformers as safetensors: {one_line(error)}"
+            ) from error
         self.config = {"type": type(self.net).__name__, "side": self.side}
-        for name in ("image_mean", "image_std"):
-            self.register_buffer(name, torch.tensor(processing[name]).reshape(1, 3, 1, 1))
 
     def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Map `(batch, 1 or 3, height, width)` in [-1, 1] to `(batch, d)`."""
         pixel_values = pixel_values.expand(-1, 3, -1, -1)
         resized = F.interpolate(pixel_values, (self.side, self.side), mode="bicubic", antialias=True).clamp(-1, 1)
         output = self.net(pixel_values=((resized + 1) / 2 - self.image_mean) / self.image_std)
-        if getattr(output, "pooler_output", None) is None:
-            raise ValueError(f"{type(self.net).__name__} has no pooled output: choose another extractor")
         return output.pooler_output.flatten(1)
 
 
@@ -58,7 +62,7 @@ class TorchScriptExtractor(nn.Module):
     """
 
     def __init__(self, path: str | Path):
-        """Load the file, offline; TorchScript holds no Python objects that could run on loading."""
+        """Load the file, offline. It holds a program, which runs: take it only from whom you trust."""
         super().__init__()
         try:
             self.net = torch.jit.load(str(path), map_location="cpu").eval()
@@ -82,5 +86,12 @@ def load_extractor(source: str, device: str = "cpu") -> tuple[str, nn.Module]:
     path = Path(source).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"no extractor {source}: give a folder of Transformers, or a TorchScript file")
-    extractor = TransformersExtractor(path) if path.is_dir() else TorchScriptExtractor(path)
-    return path.resolve().stem if path.is_file() else path.resolve().name, extractor.to(device).eval()
+    extractor = (TransformersExtractor(path) if path.is_dir() else TorchScriptExtractor(path)).to(device).eval()
+    try:
+        with torch.no_grad():
+            shape = extractor.features(torch.zeros(2, 3, 32, 32, device=device)).shape
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise ValueError(f"extractor {source} gives no features of images: {one_line(error)}") from error
+    if len(shape) != 2 or shape[0] != 2:
+        raise ValueError(f"extractor {source} gives {tuple(shape)} for two images, not one row of features for each")
+    return path.resolve().stem if path.is_file() else path.resolve().name, extractor

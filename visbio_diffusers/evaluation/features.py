@@ -167,6 +167,7 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> tuple[ImageE
         kind = next((kinds[name] for name in kinds if name in config["model"]), ImageEncoder)
         model = kind(**config["model"])
         model.load_state_dict(load_file(folder / WEIGHTS_NAME))
-        return model.to(device, memory_format=torch.channels_last).eval(), config["training"]
+        training = config["training"]
     except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"the evaluator in {folder} is damaged: delete the folder and train it anew") from error
+    return model.to(device, memory_format=torch.channels_last).eval(), training

@@ -27,6 +27,20 @@ def proportion_interval(successes: int, n: int) -> dict:
     return {"value": share, "low": max(0.0, centre - half), "high": min(1.0, centre + half), "n": int(n)}
 
 
+def cluster_interval(hits: np.ndarray, clusters: list[str], *, draws: int = 1000, seed: int = 0) -> dict:
+    """Return the 95 % interval `dict(low, high)` of a share whose entries come in clusters, by drawing whole clusters.
+
+    Args:
+        hits (`np.ndarray` of shape `(n,)`): bool.
+        clusters (`list[str]`): which cluster each entry belongs to, such as its prompt.
+    """
+    _, index = np.unique(clusters, return_inverse=True)
+    sizes, sums = np.bincount(index), np.bincount(index, weights=hits)
+    drawn = np.random.default_rng(seed).integers(0, len(sizes), (draws, len(sizes)))
+    low, high = np.quantile(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1), [0.025, 0.975])
+    return {"low": float(low), "high": float(high)}
+
+
 def fidelity(predictions: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...]) -> dict:
     """Return the share of images recognised as their label: overall, per class, and the confusion matrix.
 

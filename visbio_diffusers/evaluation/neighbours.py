@@ -101,6 +101,8 @@ def manifold_measures_with_intervals(
     features: np.ndarray, reference: np.ndarray, nearest_k: int = NEAREST_K, *, seed: int = 0
 ) -> dict[str, dict]:
     """Return [`manifold_measures`], each as `dict(value, low, high, n)`."""
+    if min(len(features), len(reference)) // 2 <= nearest_k:
+        raise ValueError(f"precision and recall with intervals need {2 * nearest_k + 2} images or more on either side")
     distances = _distances(features, reference, nearest_k)
 
     def of_half(rows: torch.Tensor, columns: torch.Tensor) -> dict:

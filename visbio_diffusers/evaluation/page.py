@@ -36,7 +36,7 @@ def write_page(results: dict, pictures: dict[str, Image.Image], path: str | Path
         header=header,
         rows=rows,
         charts=[chart for run in results["runs"] for chart in _charts(run, classifiers)],
-        confusions=[_confusion(run, judge["name"]) for run in results["runs"] for judge in classifiers],
+        confusions=[_confusion(run, judge) for run in results["runs"] for judge in classifiers],
         worst=_worst_prompts(results["runs"][0], results["evaluators"][0]["name"]),
         pictures={title: _data_url(picture) for title, picture in pictures.items()},
     )
@@ -55,13 +55,16 @@ def _charts(run: dict, judges: list[dict]) -> list[dict[str, Any]]:
     return charts
 
 
-def _confusion(run: dict, judge: str) -> dict[str, Any]:
-    """Return a confusion matrix with shares of each row, for the depth of colour."""
-    entry = run["evaluators"][judge]["fidelity"]
-    names = list(entry["per_class"])
-    rows = [row for row in entry["confusion"] if sum(row)]
-    table = [[(count, count / sum(row)) for count in row] for row in rows]
-    return {"title": f"Prompted class (row) and answer of {judge} (column)", "names": names, "rows": table}
+def _confusion(run: dict, judge: dict) -> dict[str, Any]:
+    """Return a confusion matrix with shares of each row, the depth of colour; classes without images have no row."""
+    counts = run["evaluators"][judge["name"]]["fidelity"]["confusion"]
+    names = list(judge["class_names"])
+    rows = [
+        (name, [(count, count / sum(row)) for count in row])
+        for name, row in zip(names, counts, strict=True)
+        if sum(row)
+    ]
+    return {"title": f"Prompted class (row) and answer of {judge['name']} (column)", "names": names, "rows": rows}
 
 
 def _worst_prompts(run: dict, judge: str) -> list[tuple[str, dict]]:

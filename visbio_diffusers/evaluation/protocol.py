@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from visbio_diffusers.evaluation.judges import train_classifier
 from visbio_diffusers.evaluation.memorization import near_copies, nearest_distances
 from visbio_diffusers.evaluation.metrics import (
     class_weights,
+    cluster_interval,
     fidelity,
     frechet_with_floor,
     proportion_interval,
@@ -22,6 +24,8 @@ from visbio_diffusers.evaluation.metrics import (
 )
 from visbio_diffusers.evaluation.neighbours import kernel_distance_with_interval, manifold_measures_with_intervals
 
+
+logger = logging.getLogger(__name__)
 
 FLOOR_DRAWS = 20  # one draw of 1,024 real images gives a Frechet distance between a third and twice the mean
 
@@ -35,7 +39,9 @@ class Reference:
         train, test (`Split`): real images; test ones were seen by no model and no evaluator.
         matched (`list` of `np.ndarray`): draws of rows of `train`, each with as many images of every class as the
             evaluated set has. All make the floor of the distance; the first one stands for real images elsewhere.
-        matched_test (`np.ndarray`): rows of `test`, drawn in the same way, for measures that cannot weigh images.
+        common (`np.ndarray`): class indices, of every class as many as all three sets have: evaluated, train, test.
+            Measures that cannot weigh images take so many of each.
+        matched_test (`np.ndarray`): rows of `test` with the classes `common`.
         weights (`np.ndarray`): of the test images, bringing them to the class shares of the evaluated set.
         evaluators (`list` of `Evaluator`): the judges.
         test_distances (`np.ndarray`): from every test image to its nearest training image, in [0, 1] pixels.
@@ -48,6 +54,7 @@ class Reference:
     train: Split
     test: Split
     matched: list[np.ndarray]
+    common: np.ndarray
     matched_test: np.ndarray
     weights: np.ndarray
     evaluators: list[Evaluator]
@@ -84,12 +91,20 @@ def make_reference(
         ValueError: if a class among `labels` has no real images.
     """
     class_weights(train.labels, labels)
+    size = len(class_names)
+    wanted, trained, tested = (np.bincount(rows, minlength=size) for rows in (labels, train.labels, test.labels))
+    for k in np.flatnonzero(wanted > np.minimum(trained, tested)):
+        logger.warning(
+            f"{class_names[k]}: {wanted[k]} images, but {trained[k]} to train on and {tested[k]} to test on"
+        )
+    common = np.repeat(np.arange(size), np.minimum(wanted, np.minimum(trained, tested)))
     return Reference(
         class_names=class_names,
         train=train,
         test=test,
         matched=[match_classes(train.labels, labels, seed + draw) for draw in range(FLOOR_DRAWS)],
-        matched_test=match_classes(test.labels, labels, seed),
+        common=common,
+        matched_test=match_classes(test.labels, common, seed),
         weights=class_weights(test.labels, labels),
         evaluators=evaluators,
         test_distances=nearest_distances(test.images, train.images, device=device)[0],
@@ -104,14 +119,18 @@ def describe_evaluators(reference: Reference) -> list[dict]:
     return [
         {
             **_describe(judge),
-            "real_test": fidelity(
-                predictions(judge.model, judge.test_features), reference.test.labels, reference.class_names
-            )
-            if judge.classifies
-            else None,
+            "class_names": list(reference.class_names) if judge.classifies else None,
+            "real_test": _real_fidelity(judge, reference) if judge.classifies else None,
         }
         for judge in reference.evaluators
     ]
+
+
+def _real_fidelity(judge: Evaluator, reference: Reference) -> dict:
+    rows = reference.matched_test
+    return fidelity(
+        predictions(judge.model, judge.test_features[rows]), reference.test.labels[rows], reference.class_names
+    )
 
 
 def describe_aligner(aligner: Aligner, reference: Reference) -> dict:
@@ -161,7 +180,12 @@ def _judged(generated: Split, reference: Reference, judge: Evaluator) -> dict:
     draws = [(judge.train_features[rows], reference.train.labels[rows]) for rows in reference.matched]
     real, real_labels = draws[0]
     floors = [(rows, class_weights(row_labels, labels)) for rows, row_labels in draws]
-    sets, test_rows = {"generated": features, "real": real}, judge.test_features[reference.matched_test]
+    real_rows = match_classes(reference.train.labels, reference.common, seed)
+    sets = {
+        "generated": features[match_classes(labels, reference.common, seed)],
+        "real": judge.train_features[real_rows],
+    }
+    test_rows = judge.test_features[reference.matched_test]
     test_distances, _ = nearest_distances(judge.test_features, judge.train_features, device=reference.device)
     distances, _ = nearest_distances(features, judge.train_features, device=reference.device)
     pair = features, labels, real, real_labels
@@ -198,14 +222,19 @@ def _recognised(
 
 
 def measure_wording(generated: Split, prompts: list[str], reference: Reference) -> dict:
-    """Measure how many images of each prompt are recognised as its class, per judge; `prompts` has one per image."""
+    """Measure how many images of each prompt are recognised as its class, per judge; `prompts` has one per image.
+
+    The interval of the whole is that of new prompts, not only of new images of these.
+    """
     wordings = np.array(prompts)
     result = {}
     for judge in filter(lambda judge: judge.classifies, reference.evaluators):
         answers = predictions(judge.model, evaluator_features.features(judge.model, generated.images))
         hits = answers == generated.labels
+        measured = fidelity(answers, generated.labels, reference.class_names)
+        measured["overall"] |= cluster_interval(hits, prompts, seed=reference.seed)
         result[judge.name] = {
-            **fidelity(answers, generated.labels, reference.class_names),
+            **measured,
             "per_prompt": {
                 prompt: proportion_interval(int(hits[wordings == prompt].sum()), int((wordings == prompt).sum()))
                 for prompt in dict.fromkeys(prompts)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,20 +25,26 @@ from visbio_diffusers.files import whole_file
 from visbio_diffusers.load import load_pipeline
 
 
+IMAGES_PER_PROMPT = 4  # of held-out wording
+
+
 def balanced_labels(num_images: int, num_classes: int) -> np.ndarray:
     """Return `num_images` class indices, 0, 1, 2, ..., 0, 1, ...: as many of every class, give or take one."""
     return np.arange(num_images) % num_classes
 
 
 def heldout_prompts(bank: CaptionBank, labels: np.ndarray) -> list[str]:
-    """Return a held-out caption per label, going through those of its class in turn; empty if a class has none."""
+    """Return a held-out caption per label, going through those of its class in turn; empty if a class has none.
+
+    Each caption is taken up to `IMAGES_PER_PROMPT` times in a row, so that it can be judged by itself.
+    """
     captions = {label: bank.heldout_captions(int(label)) for label in np.unique(labels)}
     if not all(captions.values()):
         return []
     drawn = dict.fromkeys(captions, 0)
     prompts = []
     for label in labels:
-        prompts.append(captions[label][drawn[label] % len(captions[label])])
+        prompts.append(captions[label][drawn[label] // IMAGES_PER_PROMPT % len(captions[label])])
         drawn[label] += 1
     return prompts
 
@@ -85,7 +93,7 @@ def generate_images(
 
 def draw_on_cores(
     model: str, prompts: list[str], first_seed: int, batch_size: int, store: str | Path, processes: int, **options
-) -> None:
+) -> float | None:
     """Fill a store with the batches of [`generate_images`], by several processes on the CPU, each with its own model.
 
     The threads of this process are divided among them: two of one thread draw more than one of two.
@@ -94,20 +102,29 @@ def draw_on_cores(
         model (`str`): see [`load_pipeline`].
         processes (`int`): how many.
         prompts, first_seed, batch_size, store, options: see [`generate_images`].
+
+    Returns:
+        The highest memory that one of them held, in GB; None if nothing was left to draw, or where it is unknown.
+
+    Raises:
+        ValueError: if a process died, most likely for want of memory.
     """
     missing = [start for start in range(0, len(prompts), batch_size) if not _batch_file(store, start).exists()]
     if not missing:
-        return
+        return None
     settings = model, max(1, torch.get_num_threads() // processes)
     context = get_context("spawn")
     with ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=settings) as pool:
         work = [pool.submit(_work, prompts, first_seed, batch_size, options, start, store) for start in missing]
         try:
-            for done in tqdm(as_completed(work), desc="generating", unit="batch", total=len(work)):
-                done.result()
+            bar = tqdm(as_completed(work), desc="generating", unit="batch", total=len(work))
+            peaks = [done.result() for done in bar]
+        except BrokenProcessPool as error:
+            raise ValueError("a drawing process died, perhaps for want of memory: use --num_processes 1") from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    return None if None in peaks else max(peaks)
 
 
 _worker: dict[str, DiffusionPipeline] = {}  # the pipeline of a process of `draw_on_cores`
@@ -119,9 +136,21 @@ def _start_worker(model: str, threads: int) -> None:
     _worker["pipe"].set_progress_bar_config(disable=True)
 
 
-def _work(prompts: list[str], first_seed: int, batch_size: int, options: dict, start: int, store: str | Path) -> None:
+def _work(
+    prompts: list[str], first_seed: int, batch_size: int, options: dict, start: int, store: str | Path
+) -> float | None:
     drawn = _draw_batch(_worker["pipe"], prompts, first_seed, batch_size, options, start)
     _write_batch(_batch_file(store, start), *drawn)
+    return peak_memory_gb()
+
+
+def peak_memory_gb() -> float | None:
+    """Return the highest memory that this process has held, in GB; None where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def _draw_batch(
