@@ -18,8 +18,9 @@ import torch
 
 from visbio_diffusers import default_model, load_image_dataset
 from visbio_diffusers.config import parse, run
-from visbio_diffusers.evaluation import as_split, write_results
+from visbio_diffusers.evaluation import Split, as_split, balanced_labels, write_results
 from visbio_diffusers.evaluation.benchmark import EvaluateConfig, evaluate
+from visbio_diffusers.evaluation.protocol import match_classes
 from visbio_diffusers.files import whole_file
 
 
@@ -77,8 +78,10 @@ class BenchmarkConfig:
 
 
 def unseen_images(config: BenchmarkConfig) -> dict:
-    """Write the validation split as if a model had drawn it, and return the settings that measure it."""
+    """Write images of the validation split as if a model had drawn them, and return the settings that measure them."""
     split = as_split(load_image_dataset(config.dataset_name, "val", caption_bank=config.caption_bank or None))
+    rows = match_classes(split.labels, balanced_labels(config.num_images, int(split.labels.max()) + 1), config.seed)
+    split = Split(split.images[rows], split.labels[rows])
     file = config.folder / "real.npz"
     with whole_file(file) as temporary, temporary.open("wb") as stream:
         np.savez(stream, train_images=split.images, train_labels=split.labels)
