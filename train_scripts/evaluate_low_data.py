@@ -10,7 +10,7 @@ A killed run goes on when it is started again.
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -54,12 +54,18 @@ def train_generator(config: LowDataConfig, real: evaluation.Split, bank: str, fo
         with whole_file(images) as temporary, temporary.open("wb") as stream:
             np.savez(stream, train_images=real.images, train_labels=real.labels[:, None])
     pipeline = folder / "generator" / "pipeline"
-    if not pipeline.exists():
+    if pipeline.exists():
+        steps = json.loads((pipeline / "training.json").read_text())["config"]["max_train_steps"]
+        if steps != config.generator_steps:
+            raise ValueError(
+                f"{pipeline} was trained for {steps} steps: delete {folder}, or name another --output_dir"
+            )
+    else:
         script = Path(__file__).with_name("train_text_to_image.py")
         command = [sys.executable, str(script), "--preset", config.generator_preset, "--dataset_name", str(images)]
         command += ["--caption_bank", bank, "--output_dir", str(folder / "generator"), "--report_to", "none"]
         command += ["--resolution", str(real.images.shape[1]), "--max_train_steps", str(config.generator_steps)]
-        command += ["--validation_steps", "0", "--resume_from_checkpoint", "latest"]
+        command += ["--validation_steps", "0", "--resume_from_checkpoint", "latest", "--seed", str(config.seed)]
         if subprocess.run(command).returncode:
             raise ValueError(f"the training of {pipeline} stopped: see above, then start the same command again")
     return pipeline
@@ -73,27 +79,29 @@ def main(config: LowDataConfig) -> int:
         raise ValueError(f"{real[0].name} has no captions for its classes: name a --caption_bank")
     train, test = map(evaluation.as_split, real)
     words, output = load_bank(real[0].bank), Path(config.output_dir, "results.json")
-    results = {**evaluation.environment(), "dataset": real[0].name, "seed": config.seed, "runs": []}
+    results = {**evaluation.environment(), "dataset": real[0].name, "settings": asdict(config), "runs": []}
     for per_class in config.per_class:
         few = downstream.few_of_each(train, per_class, config.seed)
-        folder = Path(config.output_dir, f"{per_class}-of-each")
+        folder = Path(config.output_dir, f"{per_class}-of-each-seed-{config.seed}")
         pipe, facts = load_pipeline(str(train_generator(config, few, real[0].bank, folder)), config.device)
         labels = evaluation.balanced_labels(
             config.synthetic_per_class * len(words.class_names), len(words.class_names)
         )
         prompts = [words.plain_caption(int(label)) for label in labels]
-        drawn = evaluation.generate_images(pipe, prompts, config.seed, store=folder / "images")
+        store = folder / "images" / evaluation.store_name(facts, prompts, config.seed)
+        drawn = evaluation.generate_images(pipe, prompts, config.seed, store=store)
         synthetic = evaluation.Split(drawn.images, labels)
         settings = {"steps": config.classifier_steps, "seeds": config.seeds, "flip": config.flip}
         sets = {"real": few, "real_and_synthetic": downstream.mixed(few, synthetic), "synthetic": synthetic}
-        scores = {
-            name: downstream.accuracy_of_training(
+        right = {
+            name: downstream.answers_after_training(
                 split, test, len(words.class_names), device=config.device, **settings
             )
             for name, split in sets.items()
         }
-        results["runs"].append({"per_class": per_class, "synthetic_per_class": config.synthetic_per_class, **scores})
-        results["runs"][-1] |= {"generator_sha256": facts["model_sha256"]}
+        scores = {name: downstream.accuracy(answers) for name, answers in right.items()}
+        scores["gain"] = downstream.gain(right["real_and_synthetic"], right["real"])
+        results["runs"].append({"per_class": per_class, "generator_sha256": facts["model_sha256"], **scores})
         evaluation.write_results(results, output)
         sys.stdout.write(json.dumps({name: entry["value"] for name, entry in scores.items()}) + "\n")
     return 0

@@ -77,7 +77,7 @@ class EvaluateConfig:
     model: str = flag("", "folder or Hub id of the pipeline to measure")
     images: str = flag("", "instead of a model: npz with train_images and train_labels, or a labelled image folder")
     num_images: int = flag(2048, "images to generate, as many of every class")
-    num_wording_images: int = flag(512, "images to generate from held-out wording; 0 leaves them out")
+    num_wording_images: int = flag(256, "images to generate from held-out wording; 0 leaves them out")
     guidance_scale: list[float] = field(
         default_factory=list, metadata={"help": "one or more values, each measured; default is the pipeline's"}
     )

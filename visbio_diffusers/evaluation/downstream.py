@@ -11,7 +11,10 @@ from visbio_diffusers.evaluation import features as evaluator_features
 from visbio_diffusers.evaluation.features import predictions
 from visbio_diffusers.evaluation.images import Split
 from visbio_diffusers.evaluation.judges import train_classifier
-from visbio_diffusers.evaluation.metrics import proportion_interval
+from visbio_diffusers.evaluation.metrics import Z_95
+
+
+T_95 = (np.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, by degrees of freedom
 
 
 def few_of_each(split: Split, per_class: int, seed: int) -> Split:
@@ -36,16 +39,11 @@ def mixed(real: Split, synthetic: Split) -> Split:
     return Split(images, np.concatenate([np.tile(real.labels, times), synthetic.labels]))
 
 
-def accuracy_of_training(
+def answers_after_training(
     training: Split, test: Split, num_classes: int, *, steps: int, seeds: list[int], flip: bool = True, device: str
-) -> dict:
-    """Train one classifier per seed on `training` and return their accuracy on `test`.
-
-    Returns:
-        `dict(value, low, high, n, per_seed)`: the mean over seeds; the interval is that of the test images at this
-        mean, widened by the standard error over seeds.
-    """
-    accuracies = []
+) -> np.ndarray:
+    """Train one classifier per seed on `training` and return which test images it is right on, bool `(seeds, n)`."""
+    right = []
     for seed in seeds:
         model = train_classifier(
             training.images,
@@ -57,15 +55,26 @@ def accuracy_of_training(
             device=device,
             description=f"classifier on {len(training.labels)} images, seed {seed}",
         )
-        answers = predictions(model, evaluator_features.features(model, test.images))
-        accuracies.append(float((answers == test.labels).mean()))
-    n, mean = len(test.labels), float(np.mean(accuracies))
-    entry = proportion_interval(round(mean * n), n)
-    error = float(np.std(accuracies, ddof=1) / np.sqrt(len(seeds))) if len(seeds) > 1 else 0.0
-    return {
-        "value": mean,
-        "low": max(0.0, mean - np.hypot(mean - entry["low"], 1.96 * error)),
-        "high": min(1.0, mean + np.hypot(entry["high"] - mean, 1.96 * error)),
-        "n": n,
-        "per_seed": accuracies,
-    }
+        right.append(predictions(model, evaluator_features.features(model, test.images)) == test.labels)
+    return np.stack(right)
+
+
+def accuracy(right: np.ndarray) -> dict:
+    """Return the mean of `right` `(seeds, n)` as `dict(value, low, high, n, per_seed)`."""
+    return {**_mean_over_seeds_and_images(right), "per_seed": right.mean(axis=1).tolist()}
+
+
+def gain(right: np.ndarray, without: np.ndarray) -> dict:
+    """Return how much more of the test images are right, as `dict(value, low, high, n)`; both `(seeds, n)`, paired."""
+    return _mean_over_seeds_and_images(right.astype(float) - without)
+
+
+def _mean_over_seeds_and_images(values: np.ndarray) -> dict:
+    """Return a mean with the interval of new test images and of new seeds, by Student's t over the seeds."""
+    seeds, n = values.shape
+    variance = values.mean(axis=0).var(ddof=1) / n
+    if seeds > 1:
+        variance += values.mean(axis=1).var(ddof=1) / seeds
+    quantile = T_95[seeds - 1] if 1 < seeds <= len(T_95) else Z_95
+    mean, half = float(values.mean()), float(quantile * np.sqrt(variance))
+    return {"value": mean, "low": mean - half, "high": mean + half, "n": n}
