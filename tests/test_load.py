@@ -121,3 +121,6 @@ def test_the_classes_that_a_model_has_learned_are_known(tiny_pipeline_dir, tmp_p
     assert "caption_banks" not in load.load_pipeline(str(folder), "cpu")[1]
     (folder / "training.json").write_text('{"caption_banks": ["bloodmnist", "pathmnist"]}')
     assert load.load_pipeline(str(folder), "cpu")[1]["caption_banks"] == "bloodmnist, pathmnist"
+    assert load.training_sets(str(folder)) == []
+    (folder / "training.json").write_text('{"config": {"dataset_name": ["bloodmnist"]}}')
+    assert load.training_sets(str(folder)) == ["bloodmnist"]

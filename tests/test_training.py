@@ -110,8 +110,14 @@ def test_a_training_ends_as_if_done_when_its_time_is_up(tmp_path):
     _, _, result = _train(_config(tmp_path, max_train_minutes=1e-9))
     assert (result.step, result.signum) == (1, 0)
     assert (tmp_path / "checkpoint-0000001").is_dir()
+    first = json.loads((tmp_path / "training_time.json").read_text())["seconds"]
     _, _, result = _train(_config(tmp_path, max_train_minutes=60, resume_from_checkpoint="latest"))
     assert result.step == 8
+    assert json.loads((tmp_path / "training_time.json").read_text())["seconds"] > first > 0
+    _, _, result = _train(
+        _config(tmp_path, max_train_steps=20, max_train_minutes=1e-9, resume_from_checkpoint="latest")
+    )
+    assert result.step == 9  # the time of all starts counts
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

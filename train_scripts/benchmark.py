@@ -6,9 +6,7 @@ A killed run goes on when it is started again.
 """
 
 import json
-import subprocess
-import sys
-import time
+import runpy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -68,6 +66,7 @@ class BenchmarkConfig:
     num_wording_images: int = field(default=256, metadata={"help": "images to draw from held-out wording"})
     evaluators: str = field(default="", metadata={"help": "see visbio evaluate"})
     cas: bool = field(default=False, metadata={"help": "see visbio evaluate"})
+    flip: bool = field(default=True, metadata={"help": "mirror images in training and judging; not of left and right"})
     seed: int = field(default=0, metadata={"help": "of training and drawing"})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "where to measure"})
 
@@ -88,37 +87,44 @@ def unseen_images(config: BenchmarkConfig) -> dict:
     return {"images": str(file)}
 
 
-def train(config: BenchmarkConfig) -> dict:
-    """Train the row, going on where an earlier run stopped; return the settings that measure it."""
-    output = config.folder / "training"
-    pipeline = output / "pipeline"
-    if not pipeline.exists():
-        script = Path(__file__).with_name("train_text_to_image.py")
-        settings = {
-            "preset": config.generator_preset, "dataset_name": config.dataset_name, "output_dir": str(output),
-            "unet_config": json.dumps(UNETS[config.row]), "seed": str(config.seed), "validation_steps": "0",
-            "report_to": "none", "resume_from_checkpoint": "latest", "max_train_steps": str(config.max_train_steps),
-        }  # fmt: skip
-        if config.caption_bank:
-            settings["caption_bank"] = config.caption_bank
-        if config.row in TIMED:
-            left = training_seconds(config, "both") - training_seconds(config, config.row, 0.0)
-            settings |= {**TIMED[config.row], "max_train_steps": "1000000", "max_train_minutes": str(left / 60)}
-        started = time.perf_counter()
-        done = subprocess.run([sys.executable, str(script), *(f"--{k}={v}" for k, v in settings.items())])
-        seconds = training_seconds(config, config.row, 0.0) + time.perf_counter() - started
-        write_results({"seconds": seconds}, config.folder / "training_time.json")
-        if done.returncode:
-            raise ValueError(f"the training of {config.row} stopped: see above, then start the same command again")
-    return {"model": str(pipeline), "num_images": config.num_images, "num_wording_images": config.num_wording_images}
+def train(config: BenchmarkConfig) -> tuple[int, dict]:
+    """Train the row, going on where an earlier run stopped.
+
+    Returns:
+        The number of the signal that interrupted it, or 0, and the settings that measure it.
+    """
+    script = runpy.run_path(str(Path(__file__).with_name("train_text_to_image.py")))
+    image = load_image_dataset(config.dataset_name, caption_bank=config.caption_bank or None)[0]["image"]
+    settings = {
+        "preset": config.generator_preset, "dataset_name": config.dataset_name, "caption_bank": config.caption_bank,
+        "output_dir": str(config.folder / "training"), "unet_config": json.dumps(UNETS[config.row]),
+        "resolution": len(image), "seed": config.seed, "validation_steps": 0, "report_to": "none",
+        "max_train_steps": config.max_train_steps, "resume_from_checkpoint": "latest",
+    }  # fmt: skip
+    if not config.flip:
+        settings["random_flip"] = "none"
+    if config.row in TIMED:
+        minutes = training_seconds(config, "both") / 60
+        settings |= {**TIMED[config.row], "max_train_steps": 1_000_000, "max_train_minutes": minutes}
+    argv = [f"--{name}={value}" for name, value in settings.items() if value != ""]
+    asked = script["parse"](script["TextToImageConfig"], script["PRESETS"], argv)
+    pipeline = config.folder / "training" / "pipeline"
+    if pipeline.exists():
+        used = json.loads((pipeline / "training.json").read_text())["config"]
+        for name in ("max_train_steps", "seed", "unet_config"):
+            if used[name] != getattr(asked, name):
+                raise ValueError(f"{pipeline} was trained with {name} {used[name]}: name another --output_dir")
+    signum = 0 if pipeline.exists() else script["main"](asked)
+    counts = {"num_images": config.num_images, "num_wording_images": config.num_wording_images}
+    return signum, {"model": str(pipeline), **counts}
 
 
-def training_seconds(config: BenchmarkConfig, row: str, default: float | None = None) -> float:
+def training_seconds(config: BenchmarkConfig, row: str) -> float:
     """Return how long a row has been trained."""
-    file = Path(config.output_dir, row, "training_time.json")
-    if not file.exists() and default is None:
+    file = Path(config.output_dir, row, "training", "training_time.json")
+    if not file.exists():
         raise ValueError(f"{config.row} is trained for as long as {row}: run --row {row} first")
-    return json.loads(file.read_text())["seconds"] if file.exists() else default
+    return json.loads(file.read_text())["seconds"]
 
 
 def main(config: BenchmarkConfig) -> int:
@@ -130,13 +136,16 @@ def main(config: BenchmarkConfig) -> int:
         settings = {"model": config.model or str(default_model())}
         settings |= {"num_images": config.num_images, "num_wording_images": config.num_wording_images}
     else:
-        settings = train(config)
+        signum, settings = train(config)
+        if signum:
+            return signum
         steps = len((config.folder / "training" / "loss.jsonl").read_text().splitlines())
         used = json.loads(Path(settings["model"], "training.json").read_text())["config"]
         budget = {"training_seconds": training_seconds(config, config.row), "unet_config": used["unet_config"]}
         budget["images_seen"] = steps * used["train_batch_size"] * used["gradient_accumulation_steps"]
     output = config.folder / "results.json"
-    common = {name: getattr(config, name) for name in ("dataset_name", "caption_bank", "evaluators", "cas", "seed")}
+    names = ("dataset_name", "caption_bank", "evaluators", "cas", "flip", "seed")
+    common = {name: getattr(config, name) for name in names}
     evaluate(EvaluateConfig(output=str(output), device=config.device, **common, **settings))
     write_results({"row": config.row, **budget, **json.loads(output.read_text())}, output)
     return 0

@@ -8,7 +8,7 @@ A killed run goes on when it is started again.
 """
 
 import json
-import subprocess
+import runpy
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -47,28 +47,31 @@ class LowDataConfig:
             raise ValueError("per_class, synthetic_per_class and the steps must be at least 1, seeds at least one")
 
 
-def train_generator(config: LowDataConfig, real: evaluation.Split, bank: str, folder: Path) -> Path:
-    """Train a generator on `real` alone, going on where an earlier run stopped, and return its folder."""
-    images = folder / "real.npz"
+def train_generator(config: LowDataConfig, real: evaluation.Split, bank: str, folder: Path) -> tuple[int, Path]:
+    """Train a generator on `real` alone, going on where an earlier run stopped.
+
+    Returns:
+        The number of the signal that interrupted it, or 0, and the folder of the pipeline.
+    """
+    images, pipeline = folder / "real.npz", folder / "generator" / "pipeline"
     if not images.exists():
         with whole_file(images) as temporary, temporary.open("wb") as stream:
             np.savez(stream, train_images=real.images, train_labels=real.labels[:, None])
-    pipeline = folder / "generator" / "pipeline"
     if pipeline.exists():
         steps = json.loads((pipeline / "training.json").read_text())["config"]["max_train_steps"]
         if steps != config.generator_steps:
-            raise ValueError(
-                f"{pipeline} was trained for {steps} steps: delete {folder}, or name another --output_dir"
-            )
-    else:
-        script = Path(__file__).with_name("train_text_to_image.py")
-        command = [sys.executable, str(script), "--preset", config.generator_preset, "--dataset_name", str(images)]
-        command += ["--caption_bank", bank, "--output_dir", str(folder / "generator"), "--report_to", "none"]
-        command += ["--resolution", str(real.images.shape[1]), "--max_train_steps", str(config.generator_steps)]
-        command += ["--validation_steps", "0", "--resume_from_checkpoint", "latest", "--seed", str(config.seed)]
-        if subprocess.run(command).returncode:
-            raise ValueError(f"the training of {pipeline} stopped: see above, then start the same command again")
-    return pipeline
+            raise ValueError(f"{pipeline} was trained for {steps} steps: delete it, or name another --output_dir")
+        return 0, pipeline
+    script = runpy.run_path(str(Path(__file__).with_name("train_text_to_image.py")))
+    settings = {
+        "preset": config.generator_preset, "dataset_name": str(images), "caption_bank": bank,
+        "output_dir": str(folder / "generator"), "resolution": real.images.shape[1], "seed": config.seed,
+        "max_train_steps": config.generator_steps, "validation_steps": 0, "report_to": "none",
+        "resume_from_checkpoint": "latest",
+    }  # fmt: skip
+    argv = [f"--{name}={value}" for name, value in settings.items()]
+    argv += [] if config.flip else ["--random_flip=none"]
+    return script["main"](script["parse"](script["TextToImageConfig"], script["PRESETS"], argv)), pipeline
 
 
 def main(config: LowDataConfig) -> int:
@@ -83,7 +86,10 @@ def main(config: LowDataConfig) -> int:
     for per_class in config.per_class:
         few = downstream.few_of_each(train, per_class, config.seed)
         folder = Path(config.output_dir, f"{per_class}-of-each-seed-{config.seed}")
-        pipe, facts = load_pipeline(str(train_generator(config, few, real[0].bank, folder)), config.device)
+        signum, trained = train_generator(config, few, real[0].bank, folder)
+        if signum:
+            return signum
+        pipe, facts = load_pipeline(str(trained), config.device)
         labels = evaluation.balanced_labels(
             config.synthetic_per_class * len(words.class_names), len(words.class_names)
         )

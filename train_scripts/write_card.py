@@ -12,6 +12,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from visbio_diffusers.evaluation.features import load, weights_hash
 from visbio_diffusers.evaluation.report import between_markers, cell, render_benchmark, render_card_results
 
 
@@ -95,8 +96,10 @@ def evaluators_card(folder: Path, results: dict) -> str:
     """Return the card of a folder of judges, with their accuracies as the results of a model have them."""
     rows = ""
     for judge in [*results["evaluators"], results["alignment_evaluator"]]:
-        if not (folder / judge["name"]).is_dir():
-            raise ValueError(f"{folder} lacks {judge['name']}, which the results name")
+        if judge["name"] not in JUDGES:  # an extractor of the user's own
+            continue
+        if weights_hash(load(folder / judge["name"])[0]) != judge["sha256"]:
+            raise ValueError(f"the results were measured by another {judge['name']} than that in {folder}")
         real = judge["real_test"] or {}
         cells = [judge["name"], JUDGES[judge["name"]], f"{judge['parameters']:,}"]
         cells += [cell(real.get("overall", real.get("retrieval"))), judge["sha256"][:12]]

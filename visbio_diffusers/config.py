@@ -33,7 +33,7 @@ class TrainConfig:
     train_batch_size: int = flag(64, "images per process and micro-batch")
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step")
     max_train_steps: int = flag(1000, "optimizer steps to take in all, resumed ones included")
-    max_train_minutes: float = flag(0.0, "end after so many minutes, as if all steps were taken; 0 is no limit")
+    max_train_minutes: float = flag(0.0, "end after so many minutes of steps, resumed ones too; 0 is no limit")
     learning_rate: float = flag(1e-4, "highest learning rate of AdamW")
     lr_scheduler: Literal["constant", "constant_with_warmup", "cosine", "linear"] = flag(
         "constant", "shape of the learning rate over the optimizer steps"

@@ -69,6 +69,13 @@ def load_pipeline(
     return pipe.to(device), {"model": name, "model_sha256": model_sha256, **_recorded(folder)}
 
 
+def training_sets(model: str | None = None) -> list[str]:
+    """Return the names of the sets that a pipeline was trained on, as its training.json has them; none if unknown."""
+    file = _find(model)[0] / "training.json"
+    record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return list(record.get("config", {}).get("dataset_name", []))
+
+
 def _find(model: str | None) -> tuple[Path, str]:
     """Return the folder of a model, downloaded if need be, and its name."""
     if model is None:

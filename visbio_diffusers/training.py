@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from visbio_diffusers import checkpoints
 from visbio_diffusers.config import TrainConfig
+from visbio_diffusers.files import whole_file
 
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 TIME_IS_UP = 1  # a reason to stop beside the numbers of the signals caught
+TIME_NAME = "training_time.json"
 
 Metrics = dict[str, Any]
 LossFunction = Callable[[nn.Module, Any], tuple[torch.Tensor, Metrics]]
@@ -135,7 +137,8 @@ def fit(
     """Train until `config` has enough steps (`max_train_steps`) or minutes, or a signal asks to stop.
 
     A resumed run is bit-equal to an uninterrupted one if `stream` depends on its argument alone: random generators are
-    seeded anew for every micro-batch. Writes config.json, checkpoints and loss.jsonl (one line per optimizer step).
+    seeded anew for every micro-batch. Writes config.json, checkpoints, loss.jsonl (one line per optimizer step) and
+    training_time.json (the seconds that all steps up to the newest checkpoint took).
 
     Args:
         model, optimizer: as returned by `Accelerator.prepare`.
@@ -160,8 +163,8 @@ def fit(
     progress = tqdm(total=config.max_train_steps, initial=step, disable=not accelerator.is_main_process)
     model.train()
     rows: list[Metrics] = []  # metrics not yet fetched from the device
-    signum, began = 0, time.perf_counter()
-    started = began
+    signum, earlier = 0, _seconds_of_training(config) if step else 0.0
+    began = started = time.perf_counter()
     with progress, _caught_signals() as caught:
         while step < config.max_train_steps and not signum:
             metrics = _optimizer_step(accelerator, model, optimizer, batches, loss_fn, config, step)
@@ -175,7 +178,8 @@ def fit(
             logging_step = step % config.logging_steps == 0
             # Agreement between processes waits for the device, so a GPU agrees only where it is waited for anyway.
             if accelerator.num_processes == 1 or logging_step or accelerator.device.type == "cpu":
-                late = bool(config.max_train_minutes) and time.perf_counter() - began > 60 * config.max_train_minutes
+                seconds = earlier + time.perf_counter() - began
+                late = 0 < config.max_train_minutes < seconds / 60
                 signum = _agreed(accelerator, max(caught, default=TIME_IS_UP if late else 0))
             saving = signum or step == config.max_train_steps or step % config.checkpointing_steps == 0
             if logging_step or saving:
@@ -183,6 +187,7 @@ def fit(
                 rows.clear()
             if saving:
                 checkpoints.save(accelerator, config.output_dir, step, config.checkpoints_total_limit)
+                _note_seconds(accelerator, config, earlier + time.perf_counter() - began)
             if logging_step or saving:
                 started = time.perf_counter()
     if signum == TIME_IS_UP:
@@ -191,6 +196,18 @@ def fit(
     if signum:
         logger.warning(f"{signal.strsignal(signum)}: step {step} is saved; go on with --resume_from_checkpoint latest")
     return FitResult(step, signum)
+
+
+def _seconds_of_training(config: TrainConfig) -> float:
+    """Return what training_time.json says, 0 without one."""
+    file = Path(config.output_dir, TIME_NAME)
+    return json.loads(file.read_text())["seconds"] if file.exists() else 0.0
+
+
+def _note_seconds(accelerator: Accelerator, config: TrainConfig, seconds: float) -> None:
+    if accelerator.is_main_process:
+        with whole_file(Path(config.output_dir, TIME_NAME)) as temporary:
+            temporary.write_text(json.dumps({"seconds": seconds}) + "\n")
 
 
 def _set_learning_rates(lr_scheduler: LambdaLR, base_lrs: list[float]) -> None:

@@ -20,7 +20,7 @@ from visbio_diffusers import VisBioPipeline
 from visbio_diffusers.captions import load_bank
 from visbio_diffusers.config import flag
 from visbio_diffusers.data import load_image_dataset
-from visbio_diffusers.evaluation.benchmark import check_real
+from visbio_diffusers.evaluation.benchmark import check_real, warn_of_other_splits
 from visbio_diffusers.evaluation.evaluators import SELF_SUPERVISED, find_evaluators
 from visbio_diffusers.evaluation.features import ImageEncoder, features, load
 from visbio_diffusers.evaluation.images import Split, as_split, no_larger, read_images
@@ -118,6 +118,7 @@ def audit(config: AuditConfig) -> int:
     pipe = None
     if config.model:
         pipe, facts = load_pipeline(config.model, config.device)
+        warn_of_other_splits(config.model, config.dataset_name)
         words = load_bank(real.bank)
         labels = balanced_labels(config.num_images, len(words.class_names))
         prompts = [words.plain_caption(int(label)) for label in labels]

@@ -6,6 +6,7 @@ Run by `visbio evaluate` and, on several processes, by `accelerate launch train_
 from __future__ import annotations
 
 import inspect
+import logging
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -59,8 +60,10 @@ from visbio_diffusers.evaluation.sampling import (
 )
 from visbio_diffusers.files import whole_file
 from visbio_diffusers.grid import contact_sheet
-from visbio_diffusers.load import check_device, load_pipeline
+from visbio_diffusers.load import check_device, load_pipeline, training_sets
 
+
+logger = logging.getLogger(__name__)
 
 SHEET_PER_CLASS = 12
 
@@ -143,6 +146,7 @@ def evaluate(config: EvaluateConfig) -> int:
     facts: dict[str, Any] = {}
     if config.model:
         pipe, facts = load_pipeline(config.model, _own_device(config, state))
+        warn_of_other_splits(config.model, config.dataset_name)
         options, bank = drawing_options(pipe, config), load_bank(real.bank)
         prompt, labels = bank.plain_caption(0), balanced_labels(config.num_images, len(bank.class_names))
         example = Split(generate_images(pipe, [prompt], config.seed, 1, **options[0]).images, labels[:1])
@@ -198,6 +202,16 @@ def check_real(real: ImageDataset, captions: bool) -> ImageDataset:
     if real.class_names is None or (captions and real.bank is None):
         raise ValueError(f"{real.name} has no captions for its classes: name a --caption_bank")
     return real
+
+
+def warn_of_other_splits(model: str, dataset_name: str) -> None:
+    """Say so where a model was trained on a set of another name: what is called unseen may be what it has seen."""
+    trained_on = [Path(name).stem for name in training_sets(model)]
+    if trained_on and Path(dataset_name).stem not in trained_on:
+        logger.warning(
+            f"{model} was trained on {', '.join(trained_on)}, and is held against {dataset_name}: if the two share "
+            "images, its test split is not unseen"
+        )
 
 
 def drawing_options(pipe: DiffusionPipeline, config: EvaluateConfig) -> list[dict]:

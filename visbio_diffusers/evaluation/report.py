@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -48,18 +49,18 @@ def _command(argv: list[str]) -> str:
 
 
 def git_state(folder: Path) -> dict | None:
-    """Return `commit` and `dirty` (uncommitted changes) of a git checkout, None for an installed package."""
-    if not (folder / ".git").exists():
+    """Return `commit` and `dirty` (uncommitted changes) of a git checkout; None for an installed package."""
+    if not (folder / ".git").exists() or shutil.which("git") is None:
         return None
 
     def git(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True)
 
-    head = git("rev-parse", "--verify", "HEAD")
-    return {
-        "commit": head.stdout.strip() if head.returncode == 0 else None,  # None: nothing committed yet
-        "dirty": bool(git("status", "--porcelain").stdout.strip()),
-    }
+    head, status = git("rev-parse", "--verify", "HEAD"), git("status", "--porcelain")
+    if status.returncode:  # such as a checkout of another user's
+        return None
+    commit = head.stdout.strip() if head.returncode == 0 else None  # None: nothing committed yet
+    return {"commit": commit, "dirty": bool(status.stdout.strip())}
 
 
 def write_results(results: dict, path: str | Path) -> None:
