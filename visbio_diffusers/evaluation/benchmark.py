@@ -161,7 +161,7 @@ def evaluate(config: EvaluateConfig) -> int:
         return 0
     results = {
         **environment(),
-        "source": config.model or config.images,
+        "source": facts.get("model") or config.images,
         "model_sha256": facts.get("model_sha256"),
         "processes": state.num_processes,
         "dataset": real.name,
