@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from visbio_diffusers import load_image_dataset
-from visbio_diffusers.evaluation import memorization
+from visbio_diffusers.evaluation import features as networks
+from visbio_diffusers.evaluation import judges, memorization
 from visbio_diffusers.evaluation.audit import AuditConfig, audit
 from visbio_diffusers.evaluation.images import as_split
 
@@ -117,6 +118,20 @@ def test_audit_tells_copies_from_fresh_images(images, least, most, workspace, tm
     assert results["n"] == 80 and results["n_unseen"] == 160 and results["membership_inference"] is None
     with Image.open(tmp_path / "closest_pairs.png") as sheet:
         assert sheet.size[0] == 8 * 128 and sheet.size[1] > 6 * 120  # 24 pairs, four in a row
+
+
+def test_audit_also_looks_in_features_of_a_judge(workspace, tmp_path, monkeypatch):
+    monkeypatch.chdir(workspace)
+    with np.load("bloodmnist_toy.npz") as toy:
+        train, labels = toy["train_images"], toy["train_labels"][:80, 0]
+    networks.save(judges.train_encoder(train, steps=4, seed=0, width=8, batch_size=32), tmp_path / "simclr", {})
+    np.savez(tmp_path / "exact.npz", train_images=train[:80], train_labels=labels)
+    rates = {}
+    for name, images in (("exact", str(tmp_path / "exact.npz")), ("fresh", "fresh.npz")):
+        settings = {"dataset_name": "bloodmnist_toy.npz", "images": images, "evaluators": str(tmp_path)}
+        audit(AuditConfig(output=str(tmp_path / name), device="cpu", **settings))
+        rates[name] = json.loads((tmp_path / name / "audit.json").read_text())["near_copies"]["features"]["0.05"]
+    assert rates["exact"]["value"] == 1 and rates["fresh"]["value"] < 0.2
 
 
 def test_audit_of_a_model_asks_it_what_it_was_trained_on(workspace, tiny_pipeline_dir, tmp_path, monkeypatch):

@@ -80,12 +80,18 @@ class Looks(NamedTuple):
     rows: np.ndarray
 
 
-def look(images: np.ndarray, train: np.ndarray, encoder: ImageEncoder | None = None, device: str = "cpu") -> Looks:
+def look(
+    images: np.ndarray,
+    train: np.ndarray,
+    encoder: ImageEncoder | None = None,
+    train_features: np.ndarray | None = None,
+    device: str = "cpu",
+) -> Looks:
     """Compare images `(n, height, width, channels)` with training images, as they are and in disguise."""
     distances, _ = nearest_distances(images, train, device=device)
     by_features = None
     if encoder is not None:
-        by_features, _ = nearest_distances(features(encoder, images), features(encoder, train), device=device)
+        by_features, _ = nearest_distances(features(encoder, images), train_features, device=device)
     return Looks(distances, by_features, *best_matches(images, train, device=device))
 
 
@@ -137,7 +143,9 @@ def audit(config: AuditConfig) -> int:
     train = as_split(load_image_dataset(config.dataset_name, "train", **form, **trained_on))
     test = as_split(load_image_dataset(config.dataset_name, "test", **form))
     encoder = find_encoder(config, form)
-    found, unseen = (look(split.images, train.images, encoder, config.device) for split in (generated, test))
+    train_features = features(encoder, train.images) if encoder else None
+    known = train.images, encoder, train_features, config.device
+    found, unseen = (look(split.images, *known) for split in (generated, test))
     results |= {"seed": config.seed, "n": len(generated.images), "n_unseen": len(test.images)}
     results["near_copies"] = copy_rates(found, unseen, class_weights(test.labels, generated.labels))
     results["membership_inference"] = None  # of images, or of a pipeline whose training loss is not known

@@ -137,14 +137,15 @@ def load_aligner(
         ValueError: if the one in the folder was trained on other images.
     """
     path, digest, encode = Path(folder) / ALIGNMENT, images_hash(train), text_features(device)
+    encoder_hash = text_encoder_hash()
     if not path.is_dir():
         settings = {**ALIGNMENT_SETTINGS, "flip": flip, "batch_size": LARGE_BATCH, "steps": _large_batches(steps)}
         common = {"device": device, "description": f"training evaluator {ALIGNMENT}"}
         model = train_alignment(dataset, train.images, encode, **settings, **common)
         training = {**settings, "train_images": len(train.images), "train_sha256": digest}
-        evaluator_features.save(model, path, training | {"text_encoder_sha256": text_encoder_hash()})
+        evaluator_features.save(model, path, training | {"text_encoder_sha256": encoder_hash})
     model, training = _load_judge(path, digest, device)
-    if training["text_encoder_sha256"] != text_encoder_hash():
+    if training.get("text_encoder_sha256") != encoder_hash:
         raise ValueError(f"{path} was trained with another text encoder: delete the folder, it is trained anew")
     return Aligner(model, training, encode, plain_captions(dataset))
 
