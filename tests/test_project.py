@@ -32,7 +32,7 @@ LAYERS = [
     {"data", "models", "text", "training"},
     {"pipelines"},
     {"visbio_diffusers"},
-    {"generate", "load", "validation"},
+    {"generate", "load", "text_to_image", "validation"},
     {"evaluation"},
     {"cli"},
     {"train_scripts"},

@@ -8,24 +8,20 @@ The folder OUTPUT_DIR/pipeline loads with `VisBioPipeline.from_pretrained`; --re
 import inspect
 import json
 import logging
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from transformers import AutoModel, AutoTokenizer
 
-from visbio_diffusers import EmbeddingCache, VisBioPipeline, VisBioUNet, default_model
-from visbio_diffusers.captions import load_bank
+from visbio_diffusers import VisBioPipeline, VisBioUNet, default_model
 from visbio_diffusers.checkpoints import save_folder
-from visbio_diffusers.config import TrainConfig, parse, run
-from visbio_diffusers.data import ImageDataset, caption_pools, load_image_dataset, training_batches
+from visbio_diffusers.config import parse, run
 from visbio_diffusers.evaluation import environment, write_results
 from visbio_diffusers.load import DEFAULT_MODEL, load_pipeline
-from visbio_diffusers.losses import diffusion_loss, snr_weights
+from visbio_diffusers.text_to_image import CaptionedImagesConfig, denoising_loss, load_captioned_images
 from visbio_diffusers.training import ema_hook, fit, make_accelerator, make_ema, make_lr_scheduler, make_optimizer
 from visbio_diffusers.validation import validation_hook
 
@@ -37,25 +33,9 @@ MIN_VOCABULARY = 100  # without its files a tokenizer loads silently, with its s
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextToImageConfig(TrainConfig):
+class TextToImageConfig(CaptionedImagesConfig):
     """Train the text-to-image UNet on labelled or captioned images."""
 
-    dataset_name: list[str] = field(
-        default_factory=list,
-        metadata={"help": "MedMNIST flags, .npz, image folders, .parquet or Hub sets; several are mixed"},
-    )
-    train_data_dir: str = field(default="", metadata={"help": "an image folder, as one more (or the only) data set"})
-    dataset_weights: list[float] = field(default_factory=list, metadata={"help": "share of each set; default by size"})
-    image_column: str = field(default="image", metadata={"help": "column of the images"})
-    caption_column: str = field(default="text", metadata={"help": "column of the captions"})
-    label_column: str = field(default="label", metadata={"help": "column of the class labels"})
-    caption_bank: str = field(default="", metadata={"help": "bank (name or .yaml) that turns labels into captions"})
-    captions_per_class: int = field(default=2048, metadata={"help": "distinct captions of each class and subtype"})
-    resolution: int = field(default=28, metadata={"help": "side of the images in pixels"})
-    max_train_samples: int = field(default=0, metadata={"help": "use so many images of each set; 0 uses all"})
-    random_flip: Literal["none", "horizontal", "dihedral"] = field(
-        default="none", metadata={"help": "dihedral adds turns by 90 degrees: for images without an upright position"}
-    )
     text_encoder: str = field(
         default=DEFAULT_MODEL,
         metadata={
@@ -75,20 +55,9 @@ class TextToImageConfig(TrainConfig):
     beta_schedule: Literal["squaredcos_cap_v2", "linear", "scaled_linear"] = field(
         default="squaredcos_cap_v2", metadata={"help": "how noise grows over the timesteps"}
     )
-    caption_dropout: float = field(default=0.1, metadata={"help": "share of empty captions, which guidance needs"})
-    snr_gamma: float = field(default=0.0, metadata={"help": "gamma of the min-SNR loss weight with a floor; 0 is off"})
-    validation_prompts: list[str] = field(
-        default_factory=list, metadata={"help": "prompts to draw during training; default: the classes of the bank"}
-    )
-    num_validation_images: int = field(default=4, metadata={"help": "images of each validation prompt"})
-    validation_steps: int = field(default=500, metadata={"help": "draw every so many optimizer steps; 0 is never"})
-    save_dtype: Literal["fp32", "fp16"] = field(default="fp16", metadata={"help": "dtype of the weights written"})
 
     def __post_init__(self) -> None:
-        """Check the settings of this script too."""
-        super().__post_init__()
-        if not 0 <= self.caption_dropout < 1:
-            raise ValueError(f"caption_dropout must be in [0, 1), got {self.caption_dropout}")
+        """Check the shape of the UNet too."""
         try:
             shape = json.loads(self.unet_config)
         except ValueError as error:
@@ -99,13 +68,7 @@ class TextToImageConfig(TrainConfig):
         known = inspect.signature(unet_class.__init__).parameters
         if not set(shape) <= set(known):
             raise ValueError(f"unet_config must be a JSON object of {', '.join(known)[6:]}, got {self.unet_config}")
-        if not self.datasets:
-            raise ValueError("nothing to train on: give --dataset_name, e.g. bloodmnist, or --train_data_dir")
-
-    @property
-    def datasets(self) -> list[str]:
-        """Names of all data sets."""
-        return [*self.dataset_name, self.train_data_dir] if self.train_data_dir else self.dataset_name
+        super().__post_init__()
 
 
 # 7.6 M parameters; the result of `blood-28` is in model_cards/visbio-blood-28/README.md. The two GPU presets train the
@@ -139,23 +102,6 @@ def make_scheduler(prediction_type: str, beta_schedule: str = "squaredcos_cap_v2
 def make_sampler(scheduler: DDIMScheduler) -> DPMSolverMultistepScheduler:
     """Return the sampler that is saved with the model: new noise in each step corrects what earlier ones got wrong."""
     return DPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type="sde-dpmsolver++")
-
-
-def load_datasets(config: TextToImageConfig, channels: int) -> list[ImageDataset]:
-    """Load the training split of every set, in one size."""
-    return [
-        load_image_dataset(
-            name,
-            resolution=config.resolution,
-            channels=channels,
-            image_column=config.image_column,
-            caption_column=config.caption_column,
-            label_column=config.label_column,
-            caption_bank=config.caption_bank or None,
-            max_samples=config.max_train_samples or None,
-        )
-        for name in config.datasets
-    ]
 
 
 def load_models(config: TextToImageConfig):
@@ -194,53 +140,20 @@ def load_pretrained(config: TextToImageConfig, given: dict):
     return pipe.unet.float(), pipe.text_encoder.float(), pipe.tokenizer, scheduler
 
 
-def make_stream(datasets, caption_fn, embed: EmbeddingCache, accelerator, config: TextToImageConfig):
-    """Return a stream for `fit`: images with the embeddings of their captions, some of which are empty."""
-
-    def stream(start: int) -> Iterator[dict]:
-        rank = accelerator.process_index
-        batches = training_batches(
-            datasets, config.dataset_weights or None, caption_fn, config.train_batch_size, config.seed, start, rank,
-            accelerator.num_processes, config.random_flip, config.dataloader_num_workers,
-        )  # fmt: skip
-        for index, batch in enumerate(batches, start):
-            dropped = np.random.default_rng([config.seed, index, rank, 1]).random(config.train_batch_size)
-            texts = ["" if u < config.caption_dropout else text for u, text in zip(dropped, batch["captions"])]
-            states, mask = embed(texts)
-            yield {"pixel_values": batch["pixel_values"], "encoder_hidden_states": states, "mask": mask}
-
-    return stream
-
-
 def main(config: TextToImageConfig) -> int:
     """Train, and write the pipeline; return the number of the signal that interrupted it, or 0."""
     accelerator = make_accelerator(config)
     unet, text_encoder, tokenizer, scheduler = load_models(config)
-    datasets = load_datasets(config, unet.config.in_channels)
-    caption_fn, captions = caption_pools(datasets, config.captions_per_class, config.seed)
-    prompts = config.validation_prompts or default_prompts(datasets)
-    text_encoder.to(accelerator.device)
-    with accelerator.main_process_first():
-        texts = list(dict.fromkeys(["", *captions, *prompts]))
-        embed = EmbeddingCache(texts, text_encoder, tokenizer, Path(config.output_dir, "cache"))
-    text_encoder.to("cpu")
-    images = sum(len(dataset) for dataset in datasets)
-    logger.info(f"{images} images, {len(captions)} captions, UNet of {unet.num_parameters() / 1e6:.2f} M parameters")
+    images = load_captioned_images(accelerator, config, unet.config.in_channels, text_encoder, tokenizer)
+    logger.info(f"UNet of {unet.num_parameters() / 1e6:.2f} M parameters")
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-
-    weights = snr_weights(scheduler.alphas_cumprod, config.snr_gamma, scheduler.config.prediction_type)
     optimizer = make_optimizer(unet.parameters(), config)
     lr_scheduler = make_lr_scheduler(optimizer, config)
     if config.compile:
         unet.compile()
     model, optimizer = accelerator.prepare(unet, optimizer)
     ema = make_ema(accelerator, unet, config) if config.use_ema else None
-
-    def loss_fn(model, batch):
-        with accelerator.autocast():
-            states, mask = batch["encoder_hidden_states"], batch["mask"]
-            return diffusion_loss(model, scheduler, batch["pixel_values"], states, mask, weights), {}
 
     def pipeline(text_encoder=None, tokenizer=None) -> VisBioPipeline:
         bare = accelerator.unwrap_model(model, keep_torch_compile=False)
@@ -249,16 +162,16 @@ def main(config: TextToImageConfig) -> int:
         )
 
     folder, every = Path(config.output_dir, "validation"), config.validation_steps
-    hooks = [validation_hook(accelerator, pipeline, embed, ema, prompts, config.num_validation_images, every, folder)]
+    drawn = images.prompts, config.num_validation_images, every, folder
+    hooks = [validation_hook(accelerator, pipeline, images.embed, ema, *drawn)]
     if ema:
         hooks.insert(0, ema_hook(ema, unet))
-    stream = make_stream(datasets, caption_fn, embed, accelerator, config)
-    result = fit(accelerator, model, optimizer, lr_scheduler, stream, loss_fn, config, hooks)
+    loss_fn = denoising_loss(accelerator, scheduler, config)
+    result = fit(accelerator, model, optimizer, lr_scheduler, images.stream, loss_fn, config, hooks)
     if accelerator.is_main_process and not result.signum:
         if ema:
             ema.copy_to(unet.parameters())
-        banks = sorted({load_bank(dataset.bank).name for dataset in datasets if dataset.bank})
-        save_pipeline(pipeline(text_encoder, tokenizer), config, banks)
+        save_pipeline(pipeline(text_encoder, tokenizer), config, images.banks)
     accelerator.end_training()
     return result.signum
 
@@ -277,12 +190,6 @@ def save_pipeline(pipe: VisBioPipeline, config: TextToImageConfig, banks: list[s
         write_results(record, folder / "training.json")
 
     save_folder(Path(config.output_dir, "pipeline"), write)
-
-
-def default_prompts(datasets: list[ImageDataset]) -> list[str]:
-    """Return the plain caption of every class, or nothing for sets without a bank of one class per image."""
-    banks = [load_bank(dataset.bank) for dataset in datasets if dataset.bank and dataset.labels.ndim == 1]
-    return [bank.plain_caption(label) for bank in banks for label in range(len(bank.class_names))]
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from safetensors.torch import load_model
 
 from visbio_diffusers.files import digest
 
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 PREFIX = "checkpoint-"
+_OTHER = "{} was saved with other weights than are trained now: resume with its settings"
 
 
 class Stateful(Protocol):
@@ -57,14 +59,30 @@ def register(accelerator: Accelerator, name: str, obj: Stateful) -> None:
 
 
 def unwrap_weights(accelerator: Accelerator) -> None:
-    """Save weights under the names of the bare model, so that a run may resume on another number of processes."""
+    """Save what is trained, under the names of the bare model: it may resume on another number of processes.
+
+    Weights that are frozen, like those below an adapter, are left out, and must be there when a run is resumed.
+    """
+
+    def bare(model: torch.nn.Module) -> tuple[torch.nn.Module, set[str]]:
+        model = accelerator.unwrap_model(model, keep_torch_compile=False)
+        return model, {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
     def save_state(models: list, weights: list, folder: str) -> None:
-        bare = [accelerator.unwrap_model(model, keep_torch_compile=False) for model in models]
-        weights[:] = [model.state_dict() for model in bare]
+        for index, (model, frozen) in enumerate(map(bare, models)):
+            weights[index] = {name: value for name, value in model.state_dict().items() if name not in frozen}
 
     def load_state(models: list, folder: str) -> None:
-        models[:] = [accelerator.unwrap_model(model, keep_torch_compile=False) for model in models]
+        for index, (model, frozen) in enumerate(map(bare, models)):
+            file = Path(folder, f"model_{index}.safetensors" if index else "model.safetensors")
+            try:
+                missing, unexpected = load_model(model, file, strict=False)
+            except RuntimeError as error:  # of other shapes
+                raise ValueError(f"{_OTHER.format(folder)} ({str(error).splitlines()[-1].strip()})") from error
+            other = sorted({*missing, *unexpected} - frozen)
+            if other:
+                raise ValueError(f"{_OTHER.format(folder)} ({other[0]})")
+        models.clear()  # so that Accelerate loads none
 
     accelerator.register_save_state_pre_hook(save_state)
     accelerator.register_load_state_pre_hook(load_state)

@@ -107,21 +107,27 @@ def make_lr_scheduler(optimizer: Optimizer, config: TrainConfig) -> LambdaLR:
     return get_scheduler(config.lr_scheduler, optimizer, **steps)
 
 
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of `model` that are trained: all of them, or those of its adapters."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def make_ema(accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> "EMAModel":
-    """Return the moving average of the weights of a prepared `model`, kept in checkpoints; update it by `ema_hook`.
+    """Return the moving average of what is trained of a prepared `model`, kept in checkpoints; see `ema_hook`.
 
     Its decay at step n is `min(ema_decay, n / (9 + n))`, and 0 at step 1.
     """
     from diffusers.training_utils import EMAModel  # imports every model of Diffusers: seconds
 
-    ema = EMAModel(model.parameters(), decay=config.ema_decay, foreach=True)
+    ema = EMAModel(trainable(model), decay=config.ema_decay, foreach=True)
     checkpoints.register(accelerator, "ema", ema)
     return ema
 
 
 def ema_hook(ema: "EMAModel", model: nn.Module) -> Hook:
     """Return a hook for `fit` that updates `ema` after each optimizer step."""
-    return lambda step, metrics: ema.step(model.parameters())
+    parameters = trainable(model)
+    return lambda step, metrics: ema.step(parameters)
 
 
 def fit(

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from visbio_diffusers.grid import contact_sheet, save_png
+from visbio_diffusers.training import trainable
 
 
 logger = logging.getLogger(__name__)
@@ -23,12 +25,13 @@ def averaged_weights(model, ema):
     if ema is None:
         yield
         return
-    ema.store(model.parameters())
-    ema.copy_to(model.parameters())
+    parameters = trainable(model)
+    ema.store(parameters)
+    ema.copy_to(parameters)
     try:
         yield
     finally:
-        ema.restore(model.parameters())
+        ema.restore(parameters)
 
 
 def validation_hook(
@@ -40,6 +43,7 @@ def validation_hook(
     num_images: int,
     every: int,
     folder: Path,
+    adapter: bool = False,
 ) -> Callable[[int, dict], None]:
     """Return a hook for `fit` that every so many steps draws the prompts and shows them.
 
@@ -54,22 +58,32 @@ def validation_hook(
         prompts (`Sequence[str]`): what to draw.
         num_images (`int`): images of each prompt, always from the same seeds.
         every (`int`): optimizer steps; 0, like an empty `prompts`, turns the hook off.
+        adapter (`bool`): a LoRA adapter is trained; images without it stand beside those with it.
     """
+    captions = [prompt for prompt in prompts for _ in range(num_images)]
+    plain: list[Image.Image] = []  # without the adapter: drawn once, as they stay the same
+
+    def draw(pipe) -> list[Image.Image]:
+        generators = [torch.Generator().manual_seed(seed) for seed in range(num_images)] * len(prompts)
+        embeds = {"prompt_embeds": embed(captions)[0], "negative_prompt_embeds": embed([""] * len(captions))[0]}
+        return pipe(**embeds, generator=generators).images
 
     def hook(step: int, metrics: dict) -> None:
         if not prompts or not every or step % every or not accelerator.is_main_process:
             return
         pipe = pipeline()
         pipe.set_progress_bar_config(disable=True)
-        captions = [prompt for prompt in prompts for _ in range(num_images)]
-        generators = [torch.Generator().manual_seed(seed) for seed in range(num_images)] * len(prompts)
         training = pipe.unet.training
         pipe.unet.eval()
+        if adapter and not plain:
+            pipe.unet.disable_adapters()
+            plain.extend(draw(pipe))
+            pipe.unet.enable_adapters()
         with averaged_weights(pipe.unet, ema):
-            embeds = {"prompt_embeds": embed(captions)[0], "negative_prompt_embeds": embed([""] * len(captions))[0]}
-            images = pipe(**embeds, generator=generators).images
+            images = draw(pipe)
         pipe.unet.train(training)
-        save_png(contact_sheet(images, captions, columns=2 * num_images), folder / f"step-{step:07d}.png")
+        titles = [f"{caption} (without adapter)" for caption in captions[: len(plain)]] + captions
+        save_png(contact_sheet(plain + images, titles, columns=2 * num_images), folder / f"step-{step:07d}.png")
         for tracker in accelerator.trackers:
             if tracker.name == "tensorboard":
                 batch = np.stack([np.asarray(image.convert("RGB")) for image in images])

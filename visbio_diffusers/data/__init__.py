@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from visbio_diffusers.captions import load_bank
+from visbio_diffusers.data.cellpose import is_cellpose, load_cellpose
 from visbio_diffusers.data.dataset import ImageDataset, fit_image
 from visbio_diffusers.data.folder import CAPTION_COLUMN, IMAGE_COLUMN, LABEL_COLUMN, load_folder
 from visbio_diffusers.data.medmnist import MEDMNIST, list_datasets, load_medmnist, parse_flag
@@ -22,6 +23,7 @@ __all__ = [
     "caption_pools",
     "fit_image",
     "list_datasets",
+    "load_cellpose",
     "load_folder",
     "load_image_dataset",
     "load_medmnist",
@@ -41,9 +43,10 @@ def load_image_dataset(
     label_column: str = LABEL_COLUMN,
     caption_bank: str | None = None,
     max_samples: int | None = None,
+    tile_size: int = 64,
     cache_dir: str | Path | None = None,
 ) -> ImageDataset:
-    """Load one split of any image set: a MedMNIST flag, an npz, a folder, parquet, or a Hub set.
+    """Load one split of any image set: a MedMNIST flag, an npz, a folder, parquet, a Hub set, or Cellpose's layout.
 
     Args:
         name (`str`): a MedMNIST flag ("bloodmnist", "pathmnist_64"), the path of an npz in MedMNIST's format, of a
@@ -56,6 +59,7 @@ def load_image_dataset(
         caption_bank (`str`, *optional*): name or YAML file of the bank that describes the classes; default is the
             bank of the MedMNIST set, and none for other sets. Classes are matched by name where the set has names.
         max_samples (`int`, *optional*): keep this many images, drawn at random but always the same.
+        tile_size (`int`): side of the tiles, see `load_cellpose`.
         cache_dir (`str` or `Path`, *optional*): where downloads are kept.
 
     Raises:
@@ -70,6 +74,8 @@ def load_image_dataset(
         raise ValueError(f"max_samples={max_samples}: keep at least 1, or leave it out to keep all")
     if _is_medmnist(name):
         dataset = load_medmnist(name, split, cache_dir)
+    elif is_cellpose(Path(name).expanduser()):
+        dataset = load_cellpose(name, split, tile_size, resolution)
     else:
         dataset = load_folder(name, split, image_column, caption_column, label_column, caption_bank is None, cache_dir)
     if caption_bank is not None:

@@ -1,0 +1,149 @@
+"""What the training of a text-to-image UNet and that of its adapters share: settings, captioned images, the loss."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from accelerate import Accelerator
+
+from visbio_diffusers.captions import load_bank
+from visbio_diffusers.config import TrainConfig, flag
+from visbio_diffusers.data import ImageDataset, caption_pools, load_image_dataset, training_batches
+from visbio_diffusers.losses import diffusion_loss, snr_weights
+from visbio_diffusers.text import EmbeddingCache
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionedImagesConfig(TrainConfig):
+    """Settings of a training on captioned images."""
+
+    dataset_name: list[str] = field(
+        default_factory=list,
+        metadata={"help": "MedMNIST flags, .npz, image folders, .parquet or Hub sets; several are mixed"},
+    )
+    train_data_dir: str = flag("", "an image folder, as one more (or the only) data set")
+    dataset_weights: list[float] = field(default_factory=list, metadata={"help": "share of each set; default by size"})
+    image_column: str = flag("image", "column of the images")
+    caption_column: str = flag("text", "column of the captions")
+    label_column: str = flag("label", "column of the class labels")
+    caption_bank: str = flag("", "bank (name or .yaml) that turns labels into captions")
+    captions_per_class: int = flag(2048, "distinct captions of each class and subtype")
+    resolution: int = flag(28, "side of the images in pixels")
+    tile_size: int = flag(64, "side of the tiles cut from photographs in Cellpose's layout, in their pixels")
+    max_train_samples: int = flag(0, "use so many images of each set; 0 uses all")
+    random_flip: Literal["none", "horizontal", "dihedral"] = flag(
+        "none", "dihedral adds turns by 90 degrees: for images without an upright position"
+    )
+    caption_dropout: float = flag(0.1, "share of empty captions, which guidance needs")
+    snr_gamma: float = flag(0.0, "gamma of the min-SNR loss weight with a floor; 0 is off")
+    validation_prompts: list[str] = field(
+        default_factory=list, metadata={"help": "prompts to draw during training; default: the classes of the bank"}
+    )
+    num_validation_images: int = flag(4, "images of each validation prompt")
+    validation_steps: int = flag(500, "draw every so many optimizer steps; 0 is never")
+    save_dtype: Literal["fp32", "fp16"] = flag("fp16", "dtype of the weights written")
+
+    def __post_init__(self) -> None:
+        """Check the settings of the images too."""
+        super().__post_init__()
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"caption_dropout must be in [0, 1), got {self.caption_dropout}")
+        if not self.datasets:
+            raise ValueError("nothing to train on: give --dataset_name, e.g. bloodmnist, or --train_data_dir")
+
+    @property
+    def datasets(self) -> list[str]:
+        """Names of all data sets."""
+        return [*self.dataset_name, self.train_data_dir] if self.train_data_dir else self.dataset_name
+
+
+class CaptionedImages(NamedTuple):
+    """What a training sees: the sets, their captions' embeddings, prompts for validation, and the stream for `fit`."""
+
+    datasets: list[ImageDataset]
+    embed: EmbeddingCache
+    prompts: list[str]
+    stream: Callable[[int], Iterator[dict[str, Any]]]
+
+    @property
+    def banks(self) -> list[str]:
+        """Names of the caption banks whose classes are learned."""
+        return sorted({load_bank(dataset.bank).name for dataset in self.datasets if dataset.bank})
+
+
+def load_captioned_images(
+    accelerator: Accelerator, config: CaptionedImagesConfig, channels: int, text_encoder, tokenizer
+) -> CaptionedImages:
+    """Load the training split of every set in one size, and encode each caption once; the encoder ends on the CPU.
+
+    Raises:
+        ValueError: for sets without captions, images that cannot be read, and what [`load_image_dataset`] refuses.
+        OSError: if a set cannot be downloaded, or the cache not written.
+    """
+    datasets = [
+        load_image_dataset(
+            name,
+            resolution=config.resolution,
+            channels=channels,
+            image_column=config.image_column,
+            caption_column=config.caption_column,
+            label_column=config.label_column,
+            caption_bank=config.caption_bank or None,
+            max_samples=config.max_train_samples or None,
+            tile_size=config.tile_size,
+        )
+        for name in config.datasets
+    ]
+    caption_fn, captions = caption_pools(datasets, config.captions_per_class, config.seed)
+    prompts = config.validation_prompts or _plain_captions(datasets)
+    text_encoder.to(accelerator.device)
+    with accelerator.main_process_first():
+        texts = list(dict.fromkeys(["", *captions, *prompts]))
+        embed = EmbeddingCache(texts, text_encoder, tokenizer, Path(config.output_dir, "cache"))
+    text_encoder.to("cpu")
+    logger.info(f"{sum(len(dataset) for dataset in datasets)} images, {len(captions)} captions")
+    return CaptionedImages(datasets, embed, prompts, _stream(datasets, caption_fn, embed, accelerator, config))
+
+
+def _stream(datasets, caption_fn, embed: EmbeddingCache, accelerator: Accelerator, config: CaptionedImagesConfig):
+    """Return a stream for `fit`: images with the embeddings of their captions, some of which are empty."""
+
+    def stream(start: int) -> Iterator[dict[str, Any]]:
+        rank = accelerator.process_index
+        batches = training_batches(
+            datasets, config.dataset_weights or None, caption_fn, config.train_batch_size, config.seed, start, rank,
+            accelerator.num_processes, config.random_flip, config.dataloader_num_workers,
+        )  # fmt: skip
+        for index, batch in enumerate(batches, start):
+            dropped = np.random.default_rng([config.seed, index, rank, 1]).random(config.train_batch_size)
+            texts = ["" if u < config.caption_dropout else text for u, text in zip(dropped, batch["captions"])]
+            states, mask = embed(texts)
+            yield {"pixel_values": batch["pixel_values"], "encoder_hidden_states": states, "mask": mask}
+
+    return stream
+
+
+def _plain_captions(datasets: list[ImageDataset]) -> list[str]:
+    """Return the plain caption of every class, or nothing for sets without a bank of one class per image."""
+    banks = [load_bank(dataset.bank) for dataset in datasets if dataset.bank and dataset.labels.ndim == 1]
+    return [bank.plain_caption(label) for bank in banks for label in range(len(bank.class_names))]
+
+
+def denoising_loss(accelerator: Accelerator, scheduler, config: CaptionedImagesConfig):
+    """Return the loss function for `fit`: the diffusion loss on batches of [`load_captioned_images`]."""
+    weights = snr_weights(scheduler.alphas_cumprod, config.snr_gamma, scheduler.config.prediction_type)
+
+    def loss_fn(model, batch):
+        with accelerator.autocast():
+            states, mask = batch["encoder_hidden_states"], batch["mask"]
+            return diffusion_loss(model, scheduler, batch["pixel_values"], states, mask, weights), {}
+
+    return loss_fn
