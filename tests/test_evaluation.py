@@ -383,11 +383,11 @@ def test_processes_draw_what_one_draws(workspace, tmp_path):
     pipe = VisBioPipeline.from_pretrained(workspace / "pipeline")
     prompts, options = ["a cell", "a monocyte", "a cell"], {"num_inference_steps": 2}
     alone = generate_images(pipe, prompts, 7, 1, **options).images
-    draw_on_cores(str(workspace / "pipeline"), prompts, 7, 1, tmp_path, 2, **options)
+    draw_on_cores((str(workspace / "pipeline"), "cpu"), prompts, 7, 1, tmp_path, 2, **options)
     pipe.unet = None  # nothing is left to draw
     assert (generate_images(pipe, prompts, 7, 1, store=tmp_path, **options).images == alone).all()
     with pytest.raises(ValueError, match="num_inference_steps"):
-        draw_on_cores(str(workspace / "pipeline"), prompts, 8, 1, tmp_path / "new", 2, num_inference_steps=0)
+        draw_on_cores((str(workspace / "pipeline"), "cpu"), prompts, 8, 1, tmp_path / "new", 2, num_inference_steps=0)
     assert not (tmp_path / "new").exists()
 
 

@@ -109,6 +109,8 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--width", type=_positive, help="in pixels; default: the model's size")
     add("--batch-size", type=_positive, default=64, help="images drawn together; default: %(default)s")
     add("--model", help="a folder or a Hub id; default: the model that comes with the package")
+    add("--lora", help="a LoRA adapter: folder, .safetensors file or Hub id")
+    add("--lora-scale", type=float, default=1.0, help="weight of the adapter; default: %(default)s")
     add("--device", type=_device, help="cpu, cuda, cuda:1 or mps; default: the fastest there is")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="default: %(default)s")
 
@@ -122,7 +124,7 @@ def _generate(args: argparse.Namespace) -> None:
     labelled = None
     if args.dataset is not None:
         labelled = generate.LabelledSet(load_bank(args.dataset), args.per_class, args.seed, args.wording)
-    pipe, provenance = load_pipeline(args.model, args.device, args.dtype)
+    pipe, provenance = load_pipeline(args.model, args.device, args.dtype, args.lora, args.lora_scale)
     known = provenance.get("caption_banks")
     if labelled is not None and known is not None and labelled.bank.name not in known.split(", "):
         raise ValueError(

@@ -10,6 +10,7 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
 from visbio_diffusers import VisBioPipeline
@@ -18,6 +19,7 @@ from visbio_diffusers.files import digest, one_line
 
 DEFAULT_MODEL = "visbio-blood-28"
 WEIGHTS = (".safetensors", ".bin")
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 def default_model() -> Path:
@@ -35,7 +37,11 @@ def default_model() -> Path:
 
 
 def load_pipeline(
-    model: str | None = None, device: str | None = None, dtype: str = "float32"
+    model: str | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
+    lora: str | None = None,
+    lora_scale: float = 1.0,
 ) -> tuple[VisBioPipeline, dict[str, str]]:
     """Load a pipeline onto a device, and say what it is.
 
@@ -44,11 +50,14 @@ def load_pipeline(
             [`default_model`].
         device (`str`, *optional*): "cpu", "mps", "cuda" or "cuda:1"; default is the fastest there is.
         dtype (`str`): "float32", "float16" or "bfloat16".
+        lora (`str`, *optional*): LoRA adapter to draw with: a folder, a .safetensors file, or a Hub id.
+        lora_scale (`float`): its weight.
 
     Returns:
         The pipeline, and a dict with the name of the `model`, `model_sha256`, the hash of its UNet's weights file
         (or files, one after the other), and, if its training has recorded them, `caption_banks`, the names of those
-        whose classes it has seen, and `reward_sha256`, the hashes of the models that it was tuned to please.
+        whose classes it has seen, and `reward_sha256`, the hashes of the models that it was tuned to please. An
+        adapter adds `lora`, `lora_sha256`, `lora_scale`, and what its own training has recorded.
 
     Raises:
         FileNotFoundError: if there is no such folder.
@@ -66,14 +75,49 @@ def load_pipeline(
             pipe = _load(folder, getattr(torch, dtype))
     except (OSError, TypeError, ValueError, SafetensorError) as error:  # TypeError: of a tokenizer without its file
         raise ValueError(f"cannot load the model {folder} ({one_line(error)}): get a whole copy of it") from error
-    return pipe.to(device), {"model": name, "model_sha256": model_sha256, **_recorded(folder)}
+    facts = {"model": name, "model_sha256": model_sha256, **_recorded(folder)}
+    return pipe.to(device), facts | (_add_lora(pipe, lora, lora_scale, facts) if lora else {})
 
 
-def training_sets(model: str | None = None) -> list[str]:
-    """Return the names of the sets that a pipeline was trained on, as its training.json has them; none if unknown."""
-    file = _find(model)[0] / "training.json"
-    record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return list(record.get("config", {}).get("dataset_name", []))
+def _add_lora(pipe: VisBioPipeline, lora: str, scale: float, facts: dict[str, str]) -> dict[str, str]:
+    """Load an adapter with its weight, and return what is to be said of it beside `facts` of the model."""
+    place = Path(lora).expanduser()
+    if place.is_file():
+        folder, name, file = place.parent, place.name, place
+    else:
+        folder = place if place.is_dir() else _download_lora(lora)
+        name = LORA_WEIGHTS
+        file = folder / name
+    if not file.is_file():
+        raise FileNotFoundError(f"no adapter {lora}: give a folder with {LORA_WEIGHTS}, a file, or a Hub id")
+    try:
+        pipe.load_lora_weights(str(folder), weight_name=name, adapter_name="lora")
+    except (OSError, TypeError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"cannot use the adapter {lora} with {facts['model']} ({one_line(error)})") from error
+    pipe.set_adapters("lora", scale)
+    recorded = _recorded(file.parent)
+    for key in set(recorded) & set(facts):
+        recorded[key] = ", ".join(dict.fromkeys(f"{facts[key]}, {recorded[key]}".strip(", ").split(", ")))
+    named = place.stem if place.is_file() else folder.resolve().name if place.is_dir() else lora
+    return {"lora": named, "lora_sha256": digest(file), "lora_scale": f"{scale:g}", **recorded}
+
+
+def _download_lora(lora: str) -> Path:
+    if lora.count("/") != 1 or lora.startswith((".", "~", "/")):
+        raise FileNotFoundError(f"no adapter {lora}: give a folder with {LORA_WEIGHTS}, a file, or a Hub id")
+    try:
+        with _no_bars():
+            return Path(snapshot_download(lora, allow_patterns=["*.safetensors", "*.json"]))
+    except (OSError, ValueError) as error:
+        raise OSError(f"no adapter {lora} here, nor within reach on the Hub: {one_line(error)}") from error
+
+
+def training_sets(model: str | None = None, lora: str | None = None) -> list[str]:
+    """Return the names of the sets that a pipeline, and its adapter in a folder, were trained on, where recorded."""
+    folders = [_find(model)[0], *([Path(lora).expanduser()] if lora else [])]
+    files = [folder / "training.json" for folder in folders]
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+    return [name for record in records for name in record.get("config", {}).get("dataset_name", [])]
 
 
 def _find(model: str | None) -> tuple[Path, str]:

@@ -6,6 +6,7 @@ same for every model that is measured.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -52,10 +53,13 @@ def text_encoder_hash() -> str:
 
 
 def plain_captions(dataset: ImageDataset) -> list[str]:
-    """Return the plainest caption of each class of a set with one class per image."""
+    """Return the plainest caption of each class of a set with one class per image, or its most frequent one."""
     if dataset.bank is not None:
         bank = load_bank(dataset.bank)
         return [bank.plain_caption(label) for label in range(len(bank.class_names))]
+    if dataset.captions is not None:
+        own = (Counter(np.array(dataset.captions)[dataset.labels == k]) for k in range(len(dataset.class_names)))
+        return [str(counted.most_common(1)[0][0]) if counted else "" for counted in own]
     return [f"a microscopy image of {name}" for name in dataset.class_names]
 
 

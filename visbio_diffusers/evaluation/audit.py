@@ -132,7 +132,7 @@ def audit(config: AuditConfig) -> int:
         settings = {"first_seed": config.seed, "batch_size": config.batch_size, "store": store}
         processes = min(torch.get_num_threads(), 4)
         if pipe.device.type == "cpu" and isinstance(pipe, VisBioPipeline) and processes > 1:
-            draw_on_cores(config.model, prompts, processes=processes, **settings)
+            draw_on_cores((config.model, "cpu"), prompts, processes=processes, **settings)
         drawn = generate_images(pipe, prompts, **settings)
         generated, results = Split(drawn.images, labels), results | facts
     else:

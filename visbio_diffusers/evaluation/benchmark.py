@@ -21,7 +21,7 @@ from PIL import Image
 from torch import nn
 
 from visbio_diffusers import VisBioPipeline
-from visbio_diffusers.captions import CaptionBank, load_bank
+from visbio_diffusers.captions import load_bank
 from visbio_diffusers.config import flag
 from visbio_diffusers.data import ImageDataset, load_image_dataset
 from visbio_diffusers.evaluation.evaluators import (
@@ -78,6 +78,8 @@ class EvaluateConfig:
     )
     caption_bank: str = flag("", "bank of a set that has none of its own: name, or YAML file")
     model: str = flag("", "folder or Hub id of the pipeline to measure")
+    lora: str = flag("", "LoRA adapter to draw with: folder, file or Hub id")
+    lora_scale: float = flag(1.0, "weight of the adapter")
     images: str = flag("", "instead of a model: npz with train_images and train_labels, or a labelled image folder")
     num_images: int = flag(2048, "images to generate, as many of every class")
     num_wording_images: int = flag(256, "images to generate from held-out wording; 0 leaves them out")
@@ -107,8 +109,9 @@ class EvaluateConfig:
         """Check what the types do not."""
         if bool(self.model) == bool(self.images):
             raise ValueError("give either --model or --images")
-        if self.images and (self.guidance_scale or self.guidance_interval or self.num_inference_steps):
-            raise ValueError("guidance_scale, guidance_interval and num_inference_steps need --model")
+        drawing = (self.lora, self.guidance_scale, self.guidance_interval, self.num_inference_steps)
+        if self.images and any(drawing):
+            raise ValueError("lora, guidance_scale, guidance_interval and num_inference_steps need --model")
         if min(self.num_images, self.batch_size, self.evaluator_steps, self.cas_steps) < 1:
             raise ValueError("num_images, batch_size, evaluator_steps and cas_steps must be at least 1")
         if min(self.num_wording_images, self.num_processes, self.seed) < 0 or self.num_wording_images == 1:
@@ -145,30 +148,32 @@ def evaluate(config: EvaluateConfig) -> int:
     extractors = load_extractors(config.extractors, config.device)
     facts: dict[str, Any] = {}
     if config.model:
-        pipe, facts = load_pipeline(config.model, _own_device(config, state))
-        warn_of_other_splits(config.model, config.dataset_name)
-        options, bank = drawing_options(pipe, config), load_bank(real.bank)
-        prompt, labels = bank.plain_caption(0), balanced_labels(config.num_images, len(bank.class_names))
-        example = Split(generate_images(pipe, [prompt], config.seed, 1, **options[0]).images, labels[:1])
+        loaded = config.model, _own_device(config, state), "float32", config.lora, config.lora_scale
+        pipe, facts = load_pipeline(*loaded)
+        warn_of_other_splits(config.model, config.dataset_name, config.lora)
+        options, order = drawing_options(pipe, config), place_order(real, config)
+        labels = order.labels
+        example = Split(generate_images(pipe, order.prompts[:1], config.seed, 1, **options[0]).images, labels[:1])
     else:
         example = no_larger(read_images(config.images, real.class_names, real.bank), real)
         labels = example.labels
     if state.is_main_process:  # before the drawing, so that nobody waits for a refusal
         reference, aligner = prepare_reference(config, no_larger(example, real).images, labels, extractors)
         check_independent([*reference.evaluators, aligner], facts)
-    samples = draw_samples(pipe, facts, bank, options, config) if config.model else [Sample({}, example)]
+    samples = draw_samples(pipe, facts, order, options, config) if config.model else [Sample({}, example)]
     if not state.is_main_process:
         return 0
     results = {
         **environment(),
         "source": facts.get("model") or config.images,
         "model_sha256": facts.get("model_sha256"),
+        **{name: facts[name] for name in ("lora", "lora_sha256", "lora_scale") if name in facts},
         "processes": state.num_processes,
         "dataset": real.name,
         "split": {"reference": "test", "num_train": len(reference.train.labels), "num_test": len(real)},
         "seed": config.seed,
         "evaluators": describe_evaluators(reference),
-        "alignment_evaluator": describe_aligner(aligner, reference),
+        "alignment_evaluator": describe_aligner(aligner, reference, real.captions),
         "runs": [],
     }
     if config.cas:
@@ -199,14 +204,14 @@ def check_real(real: ImageDataset, captions: bool) -> ImageDataset:
     """
     if real.labels is None or real.labels.ndim != 1:
         raise ValueError(f"{real.name} needs one class label per image to be a reference")
-    if real.class_names is None or (captions and real.bank is None):
+    if real.class_names is None or (captions and real.bank is None and real.captions is None):
         raise ValueError(f"{real.name} has no captions for its classes: name a --caption_bank")
     return real
 
 
-def warn_of_other_splits(model: str, dataset_name: str) -> None:
+def warn_of_other_splits(model: str, dataset_name: str, lora: str = "") -> None:
     """Say so where a model was trained on a set of another name: what is called unseen may be what it has seen."""
-    trained_on = [Path(name).stem for name in training_sets(model)]
+    trained_on = [Path(name).stem for name in training_sets(model, lora)]
     if trained_on and Path(dataset_name).stem not in trained_on:
         logger.warning(
             f"{model} was trained on {', '.join(trained_on)}, and is held against {dataset_name}: if the two share "
@@ -230,14 +235,34 @@ def drawing_options(pipe: DiffusionPipeline, config: EvaluateConfig) -> list[dic
     return sets
 
 
+class Order(NamedTuple):
+    """What to draw: classes and prompts, and the same in held-out wording (empty where there is none)."""
+
+    labels: np.ndarray
+    prompts: list[str]
+    wording_labels: np.ndarray
+    wording_prompts: list[str]
+
+
+def place_order(real: ImageDataset, config: EvaluateConfig) -> Order:
+    """Return as many prompts of every class of a set with a bank; else captions of its test images, at random."""
+    if real.bank is None:
+        order = np.random.default_rng(config.seed).permutation(len(real))
+        rows = order[np.arange(config.num_images) % len(order)]
+        return Order(real.labels[rows], [real.captions[row] for row in rows], rows[:0], [])
+    bank = load_bank(real.bank)
+    labels, wording_labels = (
+        balanced_labels(number, len(bank.class_names)) for number in (config.num_images, config.num_wording_images)
+    )
+    prompts = [bank.plain_caption(int(label)) for label in labels]
+    return Order(labels, prompts, wording_labels, heldout_prompts(bank, wording_labels))
+
+
 def draw_samples(
-    pipe: DiffusionPipeline, facts: dict, bank: CaptionBank, options: list[dict], config: EvaluateConfig
+    pipe: DiffusionPipeline, facts: dict, order: Order, options: list[dict], config: EvaluateConfig
 ) -> list[Sample]:
     """Draw the images of every set of `options`, by plain prompts and by held-out wording."""
-    labels = balanced_labels(config.num_images, len(bank.class_names))
-    wording_labels = balanced_labels(config.num_wording_images, len(bank.class_names))
-    prompts = [bank.plain_caption(int(label)) for label in labels]
-    wording_prompts = heldout_prompts(bank, wording_labels)
+    labels, prompts, wording_labels, wording_prompts = order
     scheduler = type(pipe.scheduler).__name__, dict(pipe.scheduler.config)
     alone = PartialState().num_processes == 1 and pipe.device.type == "cpu"
     small = isinstance(pipe, VisBioPipeline)  # so that several fit into memory
@@ -251,7 +276,8 @@ def draw_samples(
             torch.cuda.reset_peak_memory_stats(pipe.device)
         memory = None
         if alone and processes > 1:
-            memory = draw_on_cores(config.model, texts, processes=processes, **settings)
+            worker = config.model, "cpu", "float32", config.lora, config.lora_scale
+            memory = draw_on_cores(worker, texts, processes=processes, **settings)
         drawn = generate_images(pipe, texts, **settings)
         if pipe.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(pipe.device) / 2**30

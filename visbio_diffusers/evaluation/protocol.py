@@ -133,10 +133,11 @@ def _real_fidelity(judge: Evaluator, reference: Reference) -> dict:
     )
 
 
-def describe_aligner(aligner: Aligner, reference: Reference) -> dict:
-    """Return hash, size and scores on real test images of the judge of images and prompts."""
-    real = Split(reference.test.images[reference.matched_test], reference.test.labels[reference.matched_test])
-    return {**_describe(aligner), "real_test": aligner(real)}
+def describe_aligner(aligner: Aligner, reference: Reference, captions: list[str] | None = None) -> dict:
+    """Return hash, size and scores on real test images, with `captions` of their own or those of their classes."""
+    rows = reference.matched_test
+    real = Split(reference.test.images[rows], reference.test.labels[rows])
+    return {**_describe(aligner), "real_test": aligner(real, captions and [captions[row] for row in rows])}
 
 
 def _describe(judge: Evaluator | Aligner) -> dict:

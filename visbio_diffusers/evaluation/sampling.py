@@ -92,14 +92,14 @@ def generate_images(
 
 
 def draw_on_cores(
-    model: str, prompts: list[str], first_seed: int, batch_size: int, store: str | Path, processes: int, **options
+    model: tuple, prompts: list[str], first_seed: int, batch_size: int, store: str | Path, processes: int, **options
 ) -> float | None:
     """Fill a store with the batches of [`generate_images`], by several processes on the CPU, each with its own model.
 
     The threads of this process are divided among them: two of one thread draw more than one of two.
 
     Args:
-        model (`str`): see [`load_pipeline`].
+        model (`tuple`): arguments of [`load_pipeline`].
         processes (`int`): how many.
         prompts, first_seed, batch_size, store, options: see [`generate_images`].
 
@@ -130,9 +130,9 @@ def draw_on_cores(
 _worker: dict[str, DiffusionPipeline] = {}  # the pipeline of a process of `draw_on_cores`
 
 
-def _start_worker(model: str, threads: int) -> None:
+def _start_worker(model: tuple, threads: int) -> None:
     torch.set_num_threads(threads)
-    _worker["pipe"], _ = load_pipeline(model, "cpu")
+    _worker["pipe"], _ = load_pipeline(*model)
     _worker["pipe"].set_progress_bar_config(disable=True)
 
 
