@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from PIL import Image, ImageFilter
 
 from visbio_diffusers import VisBioPipeline, cli, load_bank, load_image_dataset
@@ -444,6 +446,40 @@ def test_script_measures_a_model_at_two_guidance_scales_and_its_images_again(wor
     again = json.loads(Path("out/images.json").read_text())
     assert again["runs"][0]["evaluators"] == results["runs"][1]["evaluators"]
     assert "(CAS)" in Path("out/images.md").read_text()
+
+
+def test_an_adapter_is_measured_beside_its_base_on_a_set_with_captions_of_its_own(workspace, monkeypatch):
+    monkeypatch.chdir(workspace)
+    for split, number in (("train", 40), ("test", 24)):
+        folder = Path("captioned", split)
+        folder.mkdir(parents=True)
+        toys = toy_images(number, number)
+        for index, (image, label) in enumerate(zip(*vars(toys).values(), strict=True)):
+            Image.fromarray(image).save(folder / f"{index}.png")
+            row = {"file_name": f"{index}.png", "text": f"cell {index} of {split}", "label": NAMES[label]}
+            with (folder / "metadata.jsonl").open("a") as stream:
+                stream.write(json.dumps(row) + "\n")
+    pipe = VisBioPipeline.from_pretrained("pipeline")
+    torch.manual_seed(0)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["conv_out"], init_lora_weights=False))
+    VisBioPipeline.save_lora_weights("adapter", unet_lora_layers=get_peft_model_state_dict(pipe.unet))
+
+    model = ["--model", "pipeline", "--lora", "adapter", "--lora_scale", "0", "1", "--keep"]
+    settings = ["--num_images", "30", "--num_inference_steps", "2", "--num_processes", "2", "--evaluator_steps", "2"]
+    arguments = ["--dataset_name", "captioned", "--evaluators", "of-captioned", "--output", "out/adapter.json"]
+    with pytest.raises(SystemExit) as exited:
+        run(evaluate, parse(EvaluateConfig, {}, [*model, *settings, *arguments]))
+    assert exited.value.code == 0
+    results = json.loads(Path("out/adapter.json").read_text())
+    assert [entry["lora_scale"] for entry in results["runs"]] == [0, 1] and results["lora"] == "adapter"
+    assert "heldout_wording" not in results["runs"][0] and results["alignment_evaluator"]["real_test"]
+    kept = [np.load(f"out/adapter-guidance-1.35-adapter-{scale}.npz") for scale in (0, 1)]
+    prompts = kept[0]["prompts"].tolist()
+    assert set(prompts) == {f"cell {index} of test" for index in range(24)} and len(prompts) == 30
+    assert (kept[0]["train_images"] != kept[1]["train_images"]).any()
+    base = generate_images(VisBioPipeline.from_pretrained("pipeline"), prompts, 0, num_inference_steps=2).images
+    assert np.abs(base.astype(int) - kept[0]["train_images"]).max() <= 1
+    assert "without adapter" in Path("out/adapter.md").read_text()
 
 
 def test_command_line_measures_images_also_with_an_extractor_of_ones_own(workspace, monkeypatch, capsys):

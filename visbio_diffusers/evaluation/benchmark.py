@@ -6,6 +6,7 @@ Run by `visbio evaluate` and, on several processes, by `accelerate launch train_
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 import shutil
 import time
@@ -21,7 +22,6 @@ from PIL import Image
 from torch import nn
 
 from visbio_diffusers import VisBioPipeline
-from visbio_diffusers.captions import load_bank
 from visbio_diffusers.config import flag
 from visbio_diffusers.data import ImageDataset, load_image_dataset
 from visbio_diffusers.evaluation.evaluators import (
@@ -51,11 +51,11 @@ from visbio_diffusers.evaluation.protocol import (
 from visbio_diffusers.evaluation.report import environment, render_card_results, write_results
 from visbio_diffusers.evaluation.sampling import (
     Drawn,
-    balanced_labels,
+    Order,
     draw_on_cores,
     generate_images,
-    heldout_prompts,
     peak_memory_gb,
+    place_order,
     store_name,
 )
 from visbio_diffusers.files import whole_file
@@ -79,7 +79,10 @@ class EvaluateConfig:
     caption_bank: str = flag("", "bank of a set that has none of its own: name, or YAML file")
     model: str = flag("", "folder or Hub id of the pipeline to measure")
     lora: str = flag("", "LoRA adapter to draw with: folder, file or Hub id")
-    lora_scale: float = flag(1.0, "weight of the adapter")
+    lora_scale: list[float] = field(
+        default_factory=lambda: [1.0],
+        metadata={"help": "one or more weights of the adapter, each measured; 0 is without"},
+    )
     images: str = flag("", "instead of a model: npz with train_images and train_labels, or a labelled image folder")
     num_images: int = flag(2048, "images to generate, as many of every class")
     num_wording_images: int = flag(256, "images to generate from held-out wording; 0 leaves them out")
@@ -112,6 +115,8 @@ class EvaluateConfig:
         drawing = (self.lora, self.guidance_scale, self.guidance_interval, self.num_inference_steps)
         if self.images and any(drawing):
             raise ValueError("lora, guidance_scale, guidance_interval and num_inference_steps need --model")
+        if not self.lora_scale:
+            raise ValueError("lora_scale must be one or more numbers")
         if min(self.num_images, self.batch_size, self.evaluator_steps, self.cas_steps) < 1:
             raise ValueError("num_images, batch_size, evaluator_steps and cas_steps must be at least 1")
         if min(self.num_wording_images, self.num_processes, self.seed) < 0 or self.num_wording_images == 1:
@@ -148,10 +153,10 @@ def evaluate(config: EvaluateConfig) -> int:
     extractors = load_extractors(config.extractors, config.device)
     facts: dict[str, Any] = {}
     if config.model:
-        loaded = config.model, _own_device(config, state), "float32", config.lora, config.lora_scale
-        pipe, facts = load_pipeline(*loaded)
+        pipe, facts = load_pipeline(config.model, _own_device(config, state), lora=config.lora)
         warn_of_other_splits(config.model, config.dataset_name, config.lora)
-        options, order = drawing_options(pipe, config), place_order(real, config)
+        options = drawing_options(pipe, config)
+        order = place_order(real, config.num_images, config.num_wording_images, config.seed)
         labels = order.labels
         example = Split(generate_images(pipe, order.prompts[:1], config.seed, 1, **options[0]).images, labels[:1])
     else:
@@ -167,7 +172,7 @@ def evaluate(config: EvaluateConfig) -> int:
         **environment(),
         "source": facts.get("model") or config.images,
         "model_sha256": facts.get("model_sha256"),
-        **{name: facts[name] for name in ("lora", "lora_sha256", "lora_scale") if name in facts},
+        **{name: facts[name] for name in ("lora", "lora_sha256") if name in facts},
         "processes": state.num_processes,
         "dataset": real.name,
         "split": {"reference": "test", "num_train": len(reference.train.labels), "num_test": len(real)},
@@ -235,29 +240,6 @@ def drawing_options(pipe: DiffusionPipeline, config: EvaluateConfig) -> list[dic
     return sets
 
 
-class Order(NamedTuple):
-    """What to draw: classes and prompts, and the same in held-out wording (empty where there is none)."""
-
-    labels: np.ndarray
-    prompts: list[str]
-    wording_labels: np.ndarray
-    wording_prompts: list[str]
-
-
-def place_order(real: ImageDataset, config: EvaluateConfig) -> Order:
-    """Return as many prompts of every class of a set with a bank; else captions of its test images, at random."""
-    if real.bank is None:
-        order = np.random.default_rng(config.seed).permutation(len(real))
-        rows = order[np.arange(config.num_images) % len(order)]
-        return Order(real.labels[rows], [real.captions[row] for row in rows], rows[:0], [])
-    bank = load_bank(real.bank)
-    labels, wording_labels = (
-        balanced_labels(number, len(bank.class_names)) for number in (config.num_images, config.num_wording_images)
-    )
-    prompts = [bank.plain_caption(int(label)) for label in labels]
-    return Order(labels, prompts, wording_labels, heldout_prompts(bank, wording_labels))
-
-
 def draw_samples(
     pipe: DiffusionPipeline, facts: dict, order: Order, options: list[dict], config: EvaluateConfig
 ) -> list[Sample]:
@@ -269,14 +251,17 @@ def draw_samples(
     processes = config.num_processes or (min(torch.get_num_threads(), 4) if small else 1)
     processes = processes if alone else PartialState().num_processes
 
-    def draw(texts: list[str], seed: int, chosen: dict) -> tuple[Drawn, float | None]:
-        store = config.store / store_name(facts, scheduler, texts, seed, config.batch_size, chosen)
+    def draw(texts: list[str], seed: int, chosen: dict, scale: float) -> tuple[Drawn, float | None]:
+        of_adapter = [scale] if config.lora else []
+        store = config.store / store_name(facts, scheduler, texts, seed, config.batch_size, chosen, *of_adapter)
         settings = {"first_seed": seed, "batch_size": config.batch_size, "store": store, **chosen}
         if pipe.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pipe.device)
         memory = None
+        if config.lora:
+            pipe.set_adapters("lora", scale)
         if alone and processes > 1:
-            worker = config.model, "cpu", "float32", config.lora, config.lora_scale
+            worker = config.model, "cpu", "float32", config.lora, scale
             memory = draw_on_cores(worker, texts, processes=processes, **settings)
         drawn = generate_images(pipe, texts, **settings)
         if pipe.device.type == "cuda":
@@ -285,17 +270,18 @@ def draw_samples(
 
     defaults = inspect.signature(type(pipe).__call__).parameters
     samples = []
-    for chosen in options:
-        drawn, memory = draw(prompts, config.seed, chosen)
+    for chosen, scale in itertools.product(options, config.lora_scale if config.lora else [1.0]):
+        drawn, memory = draw(prompts, config.seed, chosen, scale)
         used = {
             name: chosen.get(name, defaults[name].default)
             for name in ("guidance_scale", "guidance_interval", "num_inference_steps")
             if name in defaults
         }
+        used |= {"lora_scale": scale} if config.lora else {}
         cost = {"seconds_per_image": drawn.seconds_per_image, "peak_memory_gb": memory, "processes": processes}
         wording = None
         if wording_prompts:
-            wording = Split(draw(wording_prompts, config.seed + len(labels), chosen)[0].images, wording_labels)
+            wording = Split(draw(wording_prompts, config.seed + len(labels), chosen, scale)[0].images, wording_labels)
         facts_of_run = used | {"scheduler": scheduler[0]} | cost
         samples.append(Sample(facts_of_run, Split(drawn.images, labels), prompts, wording, wording_prompts))
     return samples
@@ -381,9 +367,10 @@ def _pictures(sample: Sample, reference: Reference) -> dict[str, Image.Image]:
 def _measured(sample: Sample, reference: Reference, aligner: Aligner, config: EvaluateConfig) -> dict:
     result = dict(sample.facts)
     if config.keep and sample.prompts:
-        scale = sample.facts.get("guidance_scale")
-        name = Path(config.output).stem + ("" if scale is None else f"-guidance-{scale:g}") + ".npz"
-        save_images(Path(config.output).with_name(name), sample.plain, sample.prompts)
+        chosen = {"guidance": sample.facts.get("guidance_scale"), "adapter": sample.facts.get("lora_scale")}
+        ends = "".join(f"-{name}-{value:g}" for name, value in chosen.items() if value is not None)
+        file = Path(config.output).with_name(f"{Path(config.output).stem}{ends}.npz")
+        save_images(file, sample.plain, sample.prompts)
     result |= measure(sample.plain, reference, config.cas_steps if config.cas else 0)
     result["alignment"] = aligner(sample.plain, sample.prompts)
     if sample.wording is not None:

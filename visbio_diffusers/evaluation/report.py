@@ -149,8 +149,11 @@ def between_markers(text: str, marker: str, content: str) -> str:
 
 
 def _run_title(run: dict) -> str:
-    scale = run.get("guidance_scale")
-    return "Generated" if scale is None else f"Generated, guidance {scale:g}"
+    scale, adapter = run.get("guidance_scale"), run.get("lora_scale")
+    title = "Generated" if scale is None else f"Generated, guidance {scale:g}"
+    if adapter is not None:
+        title += f", adapter x {adapter:g}" if adapter else ", without adapter"
+    return title
 
 
 def cell(entry: dict | None, digits: int = 3, scale: float = 1) -> str:

@@ -20,7 +20,8 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from visbio_diffusers.captions import CaptionBank
+from visbio_diffusers.captions import CaptionBank, load_bank
+from visbio_diffusers.data import ImageDataset
 from visbio_diffusers.files import whole_file
 from visbio_diffusers.load import load_pipeline
 
@@ -47,6 +48,29 @@ def heldout_prompts(bank: CaptionBank, labels: np.ndarray) -> list[str]:
         prompts.append(captions[label][drawn[label] // IMAGES_PER_PROMPT % len(captions[label])])
         drawn[label] += 1
     return prompts
+
+
+class Order(NamedTuple):
+    """What to draw: classes and prompts, and the same in held-out wording (empty where there is none)."""
+
+    labels: np.ndarray
+    prompts: list[str]
+    wording_labels: np.ndarray
+    wording_prompts: list[str]
+
+
+def place_order(real: ImageDataset, num_images: int, num_wording_images: int, seed: int) -> Order:
+    """Return as many prompts of every class of a set with a bank; else captions of its test images, at random."""
+    if real.bank is None:
+        order = np.random.default_rng(seed).permutation(len(real))
+        rows = order[np.arange(num_images) % len(order)]
+        return Order(real.labels[rows], [real.captions[row] for row in rows], rows[:0], [])
+    bank = load_bank(real.bank)
+    labels, wording_labels = (
+        balanced_labels(number, len(bank.class_names)) for number in (num_images, num_wording_images)
+    )
+    prompts = [bank.plain_caption(int(label)) for label in labels]
+    return Order(labels, prompts, wording_labels, heldout_prompts(bank, wording_labels))
 
 
 class Drawn(NamedTuple):
