@@ -1,10 +1,14 @@
 """Cards and README say what the files of results say, and nothing else."""
 
+import json
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
+from visbio_diffusers.cards import render_card
 from visbio_diffusers.evaluation.report import between_markers
 
 
@@ -27,3 +31,28 @@ def test_text_between_markers_is_replaced_and_the_rest_kept():
     assert between_markers(text, "a", "new\n") == "before\n<!-- a -->\nnew\n<!-- end of a -->\nafter"
     with pytest.raises(ValueError, match="lacks the lines <!-- b -->"):
         between_markers(text, "b", "")
+
+
+def test_the_hub_reads_metrics_that_are_those_of_the_results():
+    folder = ROOT / "model_cards" / "visbio-blood-28"
+    data = ModelCard.load(folder / "README.md").data
+    run = json.loads((folder / "results.json").read_text())["runs"][0]
+    found = {result.metric_name: result.metric_value for result in data.eval_results}
+    measured = run["evaluators"]["cnn3"]["fidelity"]["overall"]["value"]
+    assert found["Recognised as the class in the prompt (cnn3)"] == pytest.approx(measured, abs=1e-4)
+    assert data.library_name == "diffusers" and data.pipeline_tag == "text-to-image" and data.license == "apache-2.0"
+
+
+def test_card_of_a_new_adapter_names_its_data_command_and_base(tmp_path):
+    folder = tmp_path / "my-adapter"
+    folder.mkdir()
+    shutil.copy(ROOT / "model_cards" / "visbio-blood-28" / "training.json", folder)
+    (folder / "pytorch_lora_weights.safetensors").write_bytes(b"\0" * 1_500_000)
+    text = render_card(folder)
+    data = ModelCard(text, ignore_metadata_errors=False).data
+    assert "trained by visbio_diffusers on bloodmnist_rebuilt_28" in text and "not for clinical use" in text
+    assert "pytorch_lora_weights.safetensors 1.5 MB" in text and "--preset blood-28" in text
+    assert "lora" in data.tags and data.base_model == "model_cards/visbio-blood-28" and not data.eval_results
+    (folder / "training.json").unlink()
+    with pytest.raises(OSError, match="my-adapter has neither training.json nor about.md"):
+        render_card(folder)

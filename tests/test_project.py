@@ -34,6 +34,7 @@ LAYERS = [
     {"visbio_diffusers"},
     {"generate", "load", "text_to_image", "validation"},
     {"evaluation"},
+    {"cards"},
     {"cli"},
     {"train_scripts"},
 ]

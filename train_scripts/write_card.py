@@ -1,7 +1,7 @@
 """Write all model cards, and the table of the benchmark there and in README.md, from files that commands have written.
 
 python train_scripts/write_card.py
-Reads results.json (visbio evaluate), training.json (the training script), the rows of benchmark.py and file sizes; no
+Reads the results of visbio evaluate and audit, training.json of the training scripts, and the rows of benchmark.py; no
 number is typed by hand, and a test compares what stands in the cards with what this writes.
 """
 
@@ -10,61 +10,14 @@ import logging
 import sys
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
-
+from visbio_diffusers.cards import render_card
 from visbio_diffusers.evaluation.features import load, weights_hash
-from visbio_diffusers.evaluation.report import between_markers, cell, render_benchmark, render_card_results
+from visbio_diffusers.evaluation.report import between_markers, cell, render_benchmark
 
 
 ROOT = Path(__file__).parent.parent
 ROWS = ("real", "checkpoint", "both", "cross_attention", "film", "unet2d_our_recipe", "unet2d")
 MARKER = "benchmark: train_scripts/write_card.py"
-CARD = """---
-{yaml}
----
-
-# {name}
-
-Draws stained blood cells, {size} x {size} pixels, from their descriptions. Synthetic images; **not for clinical use**.
-
-![Eight classes, four images each, from the pipeline's defaults](grid.png)
-
-```python
-from visbio_diffusers import VisBioPipeline
-
-pipe = VisBioPipeline.from_pretrained("model_cards/{name}")
-pipe("a segmented neutrophil, Wright-Giemsa stain").images[0].save("neutrophil.png")
-```
-
-## Intended use and limits
-
-For research: augmenting and balancing sets of blood cell images, teaching, testing of image analysis. It knows eight
-classes (basophil, eosinophil, erythroblast, immature granulocyte, lymphocyte, monocyte, neutrophil, platelet) and five
-subtypes as one instrument saw them in healthy donors; diseased cells, other stains and other microscopes are outside
-what it has seen, and a description of such cells gives an image of something else. Not for diagnosis, nor for
-training a device that diagnoses, without validation on real images. Every file that `visbio generate` writes carries
-its prompt, seed, model and the word "synthetic".
-
-## Data and licences
-
-Trained on the training split of rebuilt BloodMNIST at 28 px (11,959 images; class counts equal the official ones, the
-membership of the splits does not): PBC dataset, Acevedo et al. 2020, and MedMNIST v2, Yang et al. 2023, CC BY 4.0.
-Captions: `visbio_diffusers/caption_banks/bloodmnist.yaml`. The text encoder was trained on the project's captions, on
-2,852 PubMed abstracts (collected by PubMedQA, MIT, and the Hallmarks of Cancer corpus, GPL-3), and on 9,697 figure
-captions of ROCO (CC BY, CC0, CC BY-SA). Weights: Apache-2.0.
-
-## Training
-
-{training}
-
-UNet {unet_mb:.1f} MB, text encoder {text_mb:.1f} MB, both fp16.
-
-## Results
-
-{results}
-"""
-
-
 JUDGES = {
     "cnn3": "classifier, 3 x 3 filters",
     "cnn5": "classifier, 5 x 5 filters",
@@ -113,49 +66,6 @@ def evaluators_card(folder: Path, results: dict) -> str:
     )
 
 
-def training_text(folder: Path) -> str:
-    """Return the commands, the versions and the machine of the training."""
-    training = json.loads((folder / "training.json").read_text())
-    versions = ", ".join(f"{name} {number}" for name, number in training["versions"].items())
-    hardware = training["hardware"]["gpu"] or f"CPU, {training['hardware']['cpu']}"
-    git = training["git"] or {}
-    commit = (git.get("commit") or "none")[:12] + (" with changes" if git.get("dirty") else "")
-    lines = [f"`{training['command']}`", f"Commit {commit}; {hardware}; {versions}."]
-    notes = folder / "training_notes.md"
-    return "\n\n".join(lines + ([notes.read_text().strip()] if notes.exists() else []))
-
-
-def card_data(name: str, results: dict) -> ModelCardData:
-    """Return the metadata that the Hub reads."""
-    judge, run = results["evaluators"][0]["name"], results["runs"][0]
-    fidelity = run["evaluators"][judge]["fidelity"]["overall"]["value"]
-    return ModelCardData(
-        language="en",
-        license="apache-2.0",
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["biology", "microscopy", "haematology", "synthetic"],
-        model_name=name,
-        eval_results=None,
-        **{"fidelity": {f"recognised by {judge}": round(fidelity, 4)}},
-    )
-
-
-def card(folder: Path) -> str:
-    """Return the card of a trained pipeline."""
-    results = json.loads((folder / "results.json").read_text())
-    text = CARD.format(
-        yaml=card_data(folder.name, results).to_yaml(),
-        name=folder.name,
-        size=json.loads((folder / "unet" / "config.json").read_text())["sample_size"],
-        training=training_text(folder),
-        unet_mb=(folder / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size / 1e6,
-        text_mb=(folder / "text_encoder" / "model.safetensors").stat().st_size / 1e6,
-        results=render_card_results(results),
-    )
-    return str(ModelCard(text))
-
-
 def benchmark(folder: Path) -> str:
     """Return the table of the rows whose results are in a folder."""
     files = [folder / f"{row}.json" for row in ROWS]
@@ -164,7 +74,7 @@ def benchmark(folder: Path) -> str:
 
 def render(root: Path) -> dict[Path, str]:
     """Return the text of every file that this script writes."""
-    texts = {file.with_name("README.md"): card(file.parent) for file in root.glob("model_cards/*/results.json")}
+    texts = {file.with_name("README.md"): render_card(file.parent) for file in root.glob("model_cards/*/about.md")}
     for folder in root.glob("model_cards/evaluators-*"):
         results = root / "model_cards" / folder.name.replace("evaluators", "visbio") / "results.json"
         texts[folder / "README.md"] = evaluators_card(folder, json.loads(results.read_text()))

@@ -1,0 +1,147 @@
+"""Model cards from files: prose of one's own, and beside it what commands have recorded; no number is typed by hand.
+
+`about.md` in the folder of a model holds the prose, with the Hub's metadata (licence, data sets, base model) at its
+head. Added are how it was trained (training.json), what was measured (results.json of `visbio evaluate`, audit.json of
+`visbio audit`; of an adapter also base_results.json, the classes of its base), and metrics in the form of the Hub.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from visbio_diffusers.evaluation.report import cell, render_card_results
+from visbio_diffusers.load import LORA_WEIGHTS
+
+
+ABOUT, CARD = "about.md", "README.md"
+DEFAULT_ABOUT = """---
+tags: [biology, synthetic]
+---
+
+# {name}
+
+A text-to-image {kind}, trained by visbio_diffusers on {data}. Its images are synthetic; **not for clinical use**.
+
+## Intended use and limits
+
+For research: augmenting and balancing image sets, teaching, testing of image analysis. It knows what its training
+images show, and draws something else where it is asked for more. Say here whose images these were, and under which
+licence.
+"""
+LOOKS = {
+    "pixels": "pixels",
+    "shape": "brightness, turned, mirrored and moved",
+    "features": "features learned without labels",
+}
+
+
+def is_adapter(folder: Path) -> bool:
+    """Return whether a folder holds a LoRA adapter and no pipeline."""
+    return (folder / LORA_WEIGHTS).is_file() and not (folder / "model_index.json").exists()
+
+
+def render_card(folder: Path) -> str:
+    """Return the card of a trained pipeline or adapter, as its README.md.
+
+    Raises:
+        OSError: if the folder holds neither training.json nor about.md.
+        ValueError: if about.md has no valid metadata.
+    """
+    training = _read(folder / "training.json")
+    about = folder / ABOUT
+    text = about.read_text(encoding="utf-8") if about.exists() else _default_about(folder, training)
+    card = ModelCard(text, ignore_metadata_errors=False)
+    parts = [card.text.strip(), "## Training\n\n" + training_text(folder, training)]
+    results = _read(folder / "results.json")
+    if results:
+        parts.append("## Results\n\n" + render_card_results(results).strip())
+    base_results = _read(folder / "base_results.json")
+    if base_results:
+        parts.append("## What it costs the classes of its base\n\n" + render_card_results(base_results).strip())
+    audit = _read(folder / "audit.json")
+    if audit:
+        parts.append("## Memorization\n\n" + audit_text(audit))
+    data = card_data(folder, card.data.to_dict(), training, results)
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _read(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def _default_about(folder: Path, training: dict) -> str:
+    if not training:
+        raise OSError(f"{folder} has neither training.json nor {ABOUT} to make a card of")
+    names = [Path(name).stem for name in training["config"].get("dataset_name", [])]
+    kind = "adapter" if is_adapter(folder) else "model"
+    return DEFAULT_ABOUT.format(name=folder.resolve().name, kind=kind, data=", ".join(names) or "images of its own")
+
+
+def training_text(folder: Path, training: dict) -> str:
+    """Return the command, the versions and the machine of the training, its notes, and the size of the weights."""
+    lines = []
+    if training:
+        versions = ", ".join(f"{name} {number}" for name, number in training["versions"].items())
+        hardware = training["hardware"]["gpu"] or f"CPU, {training['hardware']['cpu']}"
+        git = training["git"] or {}
+        commit = (git.get("commit") or "none")[:12] + (" with changes" if git.get("dirty") else "")
+        lines += [f"`{training['command']}`", f"Commit {commit}; {hardware}; {versions}."]
+    notes = folder / "training_notes.md"
+    lines += [notes.read_text(encoding="utf-8").strip()] if notes.exists() else []
+    weights = sorted(folder.rglob("*.safetensors"))
+    sizes = (f"{file.relative_to(folder).as_posix()} {file.stat().st_size / 1e6:.1f} MB" for file in weights)
+    return "\n\n".join([*lines, f"Weights: {', '.join(sizes)}."])
+
+
+def audit_text(audit: dict) -> str:
+    """Return the tables of near-copies and of the membership test."""
+    lines = ["| Near-copies of training images, seen in | " + " | ".join(audit["near_copies"]["pixels"]) + " |"]
+    lines.append("|" + " --- |" * (1 + len(audit["near_copies"]["pixels"])))
+    for look, shares in audit["near_copies"].items():
+        lines.append(f"| {LOOKS[look]} | " + " | ".join(cell(share) for share in shares.values()) + " |")
+    lines += ["", "Each column: the share that counts as near among unseen real images, which is what to expect of"]
+    lines.append(f"new images; n = {audit['n']} drawn and {audit['n_unseen']} unseen ones.")
+    membership = audit["membership_inference"]
+    if membership:
+        lines[-1] += " Told by its loss which images it was trained on, an attacker is right with an AUC of "
+        lines[-1] += f"{cell(membership['auc'])}, where 0.5 is a guess (n = {membership['auc']['n']})."
+    return "\n".join([*lines, "", f"`{audit['command']}`"])
+
+
+def card_data(folder: Path, given: dict, training: dict, results: dict) -> ModelCardData:
+    """Return the metadata that the Hub reads: what about.md gives, and the measured values as its model-index."""
+    facts = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "language": "en"} | given
+    if is_adapter(folder):
+        facts["tags"] = [*facts.get("tags", []), "lora"]
+        facts.setdefault("base_model", training.get("config", {}).get("pretrained_model_name_or_path"))
+    name = folder.resolve().name
+    return ModelCardData(**facts | {"model_name": name, "eval_results": eval_results(results) or None})
+
+
+def eval_results(results: dict) -> list[EvalResult]:
+    """Return the last run of a results.json in the form of the Hub's model-index."""
+    if not results:
+        return []
+    run, found = results["runs"][-1], []
+    for judge in results["evaluators"]:
+        measured, name = run["evaluators"][judge["name"]], judge["name"]
+        if "fidelity" in measured:
+            value = measured["fidelity"]["overall"]["value"]
+            found.append(("accuracy", f"Recognised as the class in the prompt ({name})", value))
+        found.append(("frechet_distance", f"FD-{name}", measured["frechet"]["value"]["value"]))
+        found.append(("coverage", f"Coverage ({name})", measured["manifold"]["generated"]["coverage"]["value"]))
+    return [
+        EvalResult(
+            task_type="text-to-image",
+            dataset_type=results["dataset"],
+            dataset_name=results["dataset"],
+            dataset_split=results["split"]["reference"],
+            metric_type=kind,
+            metric_name=title,
+            metric_value=round(value, 4),
+        )
+        for kind, title, value in found
+    ]
