@@ -72,6 +72,7 @@ def test_commands_run_as_written(workplace):
         run(words, workplace)
     assert Image.open(workplace / "out.png").width > 28
     assert Image.open(workplace / "mine.png").info["synthetic"]
+    assert Image.open(workplace / "adapted.png").info["lora"] == "lora"
     report = workplace / "runs" / "report"
     assert {"results.json", "results.md", "results.html", "audit"} <= {file.name for file in report.iterdir()}
     assert Image.open(report / "audit" / "closest_pairs.png").width > 900

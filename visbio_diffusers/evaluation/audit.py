@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 
 from visbio_diffusers import VisBioPipeline
-from visbio_diffusers.captions import load_bank
 from visbio_diffusers.config import flag
-from visbio_diffusers.data import load_image_dataset
+from visbio_diffusers.data import ImageDataset, load_image_dataset
+from visbio_diffusers.evaluation.alignment import plain_captions
 from visbio_diffusers.evaluation.benchmark import check_real, warn_of_other_splits
 from visbio_diffusers.evaluation.evaluators import SELF_SUPERVISED, find_evaluators
 from visbio_diffusers.evaluation.features import ImageEncoder, features, load
@@ -34,7 +34,7 @@ from visbio_diffusers.evaluation.memorization import (
 from visbio_diffusers.evaluation.metrics import class_weights
 from visbio_diffusers.evaluation.protocol import match_classes
 from visbio_diffusers.evaluation.report import environment, write_results
-from visbio_diffusers.evaluation.sampling import balanced_labels, draw_on_cores, generate_images, store_name
+from visbio_diffusers.evaluation.sampling import draw_on_cores, generate_images, place_order, store_name
 from visbio_diffusers.grid import contact_sheet, save_png
 from visbio_diffusers.load import check_device, load_pipeline
 
@@ -53,6 +53,7 @@ class AuditConfig:
     caption_bank: str = flag("", "bank of a set that has none of its own: name, or YAML file")
     evaluators: str = flag("", "folder of judges, for their features; default: those shipped for the set, if any")
     model: str = flag("", "folder or Hub id of the pipeline to audit")
+    lora: str = flag("", "LoRA adapter to draw with: folder, file or Hub id")
     images: str = flag("", "instead of a model: npz with train_images and train_labels, or a labelled image folder")
     num_images: int = flag(1024, "images to generate, as many of every class")
     num_members: int = flag(1024, "images of either split whose denoising is compared")
@@ -63,8 +64,8 @@ class AuditConfig:
 
     def __post_init__(self) -> None:
         """Check what the types do not."""
-        if bool(self.model) == bool(self.images):
-            raise ValueError("give either --model or --images")
+        if bool(self.model) == bool(self.images) or (self.lora and not self.model):
+            raise ValueError("give either --model, perhaps with --lora, or --images")
         if min(self.num_images, self.batch_size, self.num_members) < 2 or self.max_train_samples < 0:
             raise ValueError("num_images, batch_size and num_members must be at least 2, max_train_samples at least 0")
         if self.seed < 0:
@@ -123,16 +124,14 @@ def audit(config: AuditConfig) -> int:
     real = check_real(load_image_dataset(config.dataset_name, "test", caption_bank=bank), bool(config.model))
     pipe = None
     if config.model:
-        pipe, facts = load_pipeline(config.model, config.device)
-        warn_of_other_splits(config.model, config.dataset_name)
-        words = load_bank(real.bank)
-        labels = balanced_labels(config.num_images, len(words.class_names))
-        prompts = [words.plain_caption(int(label)) for label in labels]
+        pipe, facts = load_pipeline(config.model, config.device, lora=config.lora)
+        warn_of_other_splits(config.model, config.dataset_name, config.lora)
+        labels, prompts, *_ = place_order(real, config.num_images, 0, config.seed)
         store = Path(config.output, ".images", store_name(facts, prompts, config.seed, config.batch_size))
         settings = {"first_seed": config.seed, "batch_size": config.batch_size, "store": store}
         processes = min(torch.get_num_threads(), 4)
         if pipe.device.type == "cpu" and isinstance(pipe, VisBioPipeline) and processes > 1:
-            draw_on_cores((config.model, "cpu"), prompts, processes=processes, **settings)
+            draw_on_cores((config.model, "cpu", "float32", config.lora), prompts, processes=processes, **settings)
         drawn = generate_images(pipe, prompts, **settings)
         generated, results = Split(drawn.images, labels), results | facts
     else:
@@ -140,17 +139,18 @@ def audit(config: AuditConfig) -> int:
     generated = no_larger(generated, real)
     form = {"resolution": generated.images.shape[1], "channels": generated.images.shape[3], "caption_bank": bank}
     trained_on = {"max_samples": config.max_train_samples or None}
-    train = as_split(load_image_dataset(config.dataset_name, "train", **form, **trained_on))
-    test = as_split(load_image_dataset(config.dataset_name, "test", **form))
+    known = load_image_dataset(config.dataset_name, "train", **form, **trained_on)
+    unknown = load_image_dataset(config.dataset_name, "test", **form)
+    train, test = map(as_split, (known, unknown))
     encoder = find_encoder(config, form)
     train_features = features(encoder, train.images) if encoder else None
-    known = train.images, encoder, train_features, config.device
-    found, unseen = (look(split.images, *known) for split in (generated, test))
+    beside = train.images, encoder, train_features, config.device
+    found, unseen = (look(split.images, *beside) for split in (generated, test))
     results |= {"seed": config.seed, "n": len(generated.images), "n_unseen": len(test.images)}
     results["near_copies"] = copy_rates(found, unseen, class_weights(test.labels, generated.labels))
     results["membership_inference"] = None  # of images, or of a pipeline whose training loss is not known
     if isinstance(pipe, VisBioPipeline):
-        results["membership_inference"] = infer_membership(pipe, words, train, test, config)
+        results["membership_inference"] = infer_membership(pipe, known, unknown, config)
     for name, split, looks in (("closest_pairs", generated, found), ("closest_pairs_unseen", test, unseen)):
         save_png(closest_pairs(split.images, train.images, looks), Path(config.output, f"{name}.png"))
     write_results(results, Path(config.output, "audit.json"))
@@ -170,15 +170,18 @@ def find_encoder(config: AuditConfig, form: dict) -> ImageEncoder | None:
     return load(Path(folder, SELF_SUPERVISED[0]), config.device)[0]
 
 
-def infer_membership(pipe, bank, train: Split, test: Split, config: AuditConfig) -> dict:
-    """Return how well the denoising loss tells `train` from `test`, with as many of every class on both sides."""
+def infer_membership(pipe, known: ImageDataset, unknown: ImageDataset, config: AuditConfig) -> dict:
+    """Return how well the denoising loss tells `known` from `unknown`, with as many of every class on both sides."""
     rng = np.random.default_rng(config.seed)
+    train, test = map(as_split, (known, unknown))
     asked = test.labels[rng.permutation(len(test.labels))[: config.num_members]]
     members = match_classes(train.labels, asked, config.seed)
     others = match_classes(test.labels, train.labels[members], config.seed)
     losses = []
-    for split, rows in ((train, members), (test, others)):
-        prompts = [bank.plain_caption(int(label)) for label in split.labels[rows]]
+    for dataset, split, rows in ((known, train, members), (unknown, test, others)):
+        plain = plain_captions(dataset)
+        captions = dataset.captions or [plain[label] for label in split.labels]
+        prompts = [captions[row] for row in rows]
         losses.append(denoising_losses(pipe, split.images[rows], prompts, seed=config.seed))
     means = {"mean_loss_trained_on": float(losses[0].mean()), "mean_loss_unseen": float(losses[1].mean())}
     return {"auc": membership_auc(*losses), **means}
