@@ -1,6 +1,5 @@
 """VisBioPipeline: what it draws equals a loop written here by hand; what it refuses, and what it says then."""
 
-import inspect
 import logging
 
 import diffusers
@@ -12,7 +11,7 @@ from peft import LoraConfig
 from transformers import BertConfig, BertModel
 
 from visbio_diffusers import VisBioPipeline
-from visbio_diffusers.pipelines.schedulers import SCHEDULERS, prepare_timesteps
+from visbio_diffusers.pipelines.schedulers import SCHEDULERS, prepare_timesteps, step_arguments
 from visbio_diffusers.text import encode_text
 
 
@@ -343,17 +342,15 @@ def _best_prediction(sample, t, prediction_type):
     return {"epsilon": noise, "sample": image, "v_prediction": velocity}[prediction_type]
 
 
-def _sampled(scheduler, steps, **step_kwargs):
+def _sampled(scheduler, steps, eta=0.0):
     """Return mean and spread of 128 x 128 pixels, from standardised noise so that they have no error of their own."""
     timesteps = prepare_timesteps(scheduler, steps)
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(1, 1, 128, 128, generator=generator)
     sample = (sample - sample.mean()) / sample.std() * scheduler.init_noise_sigma
-    if "generator" in inspect.signature(scheduler.step).parameters:
-        step_kwargs["generator"] = generator
     for t in timesteps:
         prediction = _best_prediction(scheduler.scale_model_input(sample, t), t, scheduler.config.prediction_type)
-        sample = scheduler.step(prediction, t, sample, **step_kwargs).prev_sample
+        sample = scheduler.step(prediction, t, sample, **step_arguments(scheduler, eta, generator)).prev_sample
     return sample.mean().item(), sample.std().item()
 
 

@@ -32,9 +32,10 @@ LAYERS = [
     {"data", "models", "text", "training"},
     {"pipelines"},
     {"visbio_diffusers"},
-    {"generate", "load", "text_to_image", "validation"},
+    {"bundle", "generate", "load", "text_to_image", "validation"},
     {"evaluation"},
     {"cards"},
+    {"hub"},
     {"cli"},
     {"train_scripts"},
 ]

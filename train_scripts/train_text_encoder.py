@@ -12,7 +12,7 @@ import csv
 import itertools
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -30,9 +30,11 @@ from transformers import (
     DataCollatorForLanguageModeling,
 )
 
+from visbio_diffusers import hub
 from visbio_diffusers.captions import load_bank
 from visbio_diffusers.checkpoints import save_folder
 from visbio_diffusers.config import TrainConfig, parse, run
+from visbio_diffusers.evaluation import environment, write_results
 from visbio_diffusers.training import ema_hook, fit, make_accelerator, make_ema, make_lr_scheduler, make_optimizer
 
 
@@ -207,6 +209,7 @@ def load_models(config: TextEncoderConfig, texts: list[str]) -> tuple[BertForMas
 def main(config: TextEncoderConfig) -> int:
     """Train, and write the encoder and its tokenizer; return the number of the signal that interrupted it, or 0."""
     accelerator = make_accelerator(config)
+    repo_id = hub.repo_of_training(config, accelerator.is_main_process)
     corpus = [text for path in config.corpus for text in read_corpus(path)]
     captions, labels = training_captions(config)
     bert, tokenizer = load_models(config, captions + corpus)
@@ -234,8 +237,10 @@ def main(config: TextEncoderConfig) -> int:
         def write(folder: Path) -> None:
             encoder.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            write_results({**environment(), "config": asdict(config)}, folder / "training.json")
+            hub.complete(folder, Path(config.output_dir).resolve().name)
 
-        save_folder(Path(config.output_dir, "text_encoder"), write)
+        hub.publish_training(save_folder(Path(config.output_dir, "text_encoder"), write), repo_id)
     accelerator.end_training()
     return result.signum
 

@@ -16,7 +16,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from transformers import AutoModel, AutoTokenizer
 
-from visbio_diffusers import VisBioPipeline, VisBioUNet, default_model
+from visbio_diffusers import VisBioPipeline, VisBioUNet, default_model, hub
 from visbio_diffusers.checkpoints import save_folder
 from visbio_diffusers.config import parse, run
 from visbio_diffusers.evaluation import environment, write_results
@@ -143,6 +143,7 @@ def load_pretrained(config: TextToImageConfig, given: dict):
 def main(config: TextToImageConfig) -> int:
     """Train, and write the pipeline; return the number of the signal that interrupted it, or 0."""
     accelerator = make_accelerator(config)
+    repo_id = hub.repo_of_training(config, accelerator.is_main_process)
     unet, text_encoder, tokenizer, scheduler = load_models(config)
     images = load_captioned_images(accelerator, config, unet.config.in_channels, text_encoder, tokenizer)
     logger.info(f"UNet of {unet.num_parameters() / 1e6:.2f} M parameters")
@@ -172,6 +173,7 @@ def main(config: TextToImageConfig) -> int:
         if ema:
             ema.copy_to(unet.parameters())
         save_pipeline(pipeline(text_encoder, tokenizer), config, images.banks)
+        hub.publish_training(Path(config.output_dir, "pipeline"), repo_id)
     accelerator.end_training()
     return result.signum
 
@@ -188,6 +190,7 @@ def save_pipeline(pipe: VisBioPipeline, config: TextToImageConfig, banks: list[s
         file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": "float32"}, indent=2) + "\n")
         record = {**environment(), "config": asdict(config), "caption_banks": banks}
         write_results(record, folder / "training.json")
+        hub.complete(folder, Path(config.output_dir).resolve().name)
 
     save_folder(Path(config.output_dir, "pipeline"), write)
 

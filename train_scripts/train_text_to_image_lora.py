@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from visbio_diffusers import VisBioPipeline
+from visbio_diffusers import VisBioPipeline, hub
 from visbio_diffusers.checkpoints import save_folder
 from visbio_diffusers.config import flag, parse, run
 from visbio_diffusers.evaluation import environment, write_results
@@ -104,6 +104,7 @@ def save_adapter(unet, config: LoraTrainConfig, banks: list[str]) -> None:
         metadata = unet.peft_config["default"].to_dict()
         VisBioPipeline.save_lora_weights(folder, unet_lora_layers=weights, unet_lora_adapter_metadata=metadata)
         write_results({**environment(), "config": asdict(config), "caption_banks": banks}, folder / "training.json")
+        hub.complete(folder, Path(config.output_dir).resolve().name)
 
     save_folder(Path(config.output_dir, "lora"), write)
 
@@ -111,6 +112,7 @@ def save_adapter(unet, config: LoraTrainConfig, banks: list[str]) -> None:
 def main(config: LoraTrainConfig) -> int:
     """Train, and write the adapter; return the number of the signal that interrupted it, or 0."""
     accelerator = make_accelerator(config)
+    repo_id = hub.repo_of_training(config, accelerator.is_main_process)
     base = config.pretrained_model_name_or_path
     pipe, _ = load_pipeline(None if base == DEFAULT_MODEL else base, "cpu")
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
@@ -140,6 +142,7 @@ def main(config: LoraTrainConfig) -> int:
         if ema:
             ema.copy_to(adapter)
         save_adapter(unet, config, images.banks)
+        hub.publish_training(Path(config.output_dir, "lora"), repo_id)
     accelerator.end_training()
     return result.signum
 

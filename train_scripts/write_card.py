@@ -1,4 +1,4 @@
-"""Write all model cards, and the table of the benchmark there and in README.md, from files that commands have written.
+"""Write all model cards, with the code of pipelines, and the table of the benchmark, from files of commands.
 
 python train_scripts/write_card.py
 Reads the results of visbio evaluate and audit, training.json of the training scripts, and the rows of benchmark.py; no
@@ -13,6 +13,7 @@ from pathlib import Path
 from visbio_diffusers.cards import render_card
 from visbio_diffusers.evaluation.features import load, weights_hash
 from visbio_diffusers.evaluation.report import between_markers, cell, render_benchmark
+from visbio_diffusers.hub import code_of
 
 
 ROOT = Path(__file__).parent.parent
@@ -74,7 +75,9 @@ def benchmark(folder: Path) -> str:
 
 def render(root: Path) -> dict[Path, str]:
     """Return the text of every file that this script writes."""
-    texts = {file.with_name("README.md"): render_card(file.parent) for file in root.glob("model_cards/*/about.md")}
+    texts = {}
+    for file in root.glob("model_cards/*/about.md"):
+        texts |= {file.with_name("README.md"): render_card(file.parent), **code_of(file.parent)}
     for folder in root.glob("model_cards/evaluators-*"):
         results = root / "model_cards" / folder.name.replace("evaluators", "visbio") / "results.json"
         texts[folder / "README.md"] = evaluators_card(folder, json.loads(results.read_text()))

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from visbio_diffusers.data import list_datasets
 from visbio_diffusers.evaluation.report import cell, render_card_results
 from visbio_diffusers.load import LORA_WEIGHTS
 
 
-ABOUT, CARD = "about.md", "README.md"
+ABOUT, CARD, TRAINING = "about.md", "README.md", "training.json"
 DEFAULT_ABOUT = """---
 tags: [biology, synthetic]
 ---
@@ -24,13 +25,46 @@ tags: [biology, synthetic]
 # {name}
 
 A text-to-image {kind}, trained by visbio_diffusers on {data}. Its images are synthetic; **not for clinical use**.
+{grid}
+```python
+{use}
+```
 
 ## Intended use and limits
 
 For research: augmenting and balancing image sets, teaching, testing of image analysis. It knows what its training
-images show, and draws something else where it is asked for more. Say here whose images these were, and under which
-licence.
+images show, and draws something else where it is asked for more. Not for diagnosis.
+
+## Data and licences
+
+{licences}
 """
+ENCODER_ABOUT = """---
+tags: [biology]
+library_name: transformers
+pipeline_tag: feature-extraction
+---
+
+# {name}
+
+A text encoder (BERT) for text-to-image models, trained by visbio_diffusers on the captions of {data} and {texts}.
+
+## Intended use and limits
+
+For `train_text_to_image.py --text_encoder`. It knows the words of its captions and texts; it is no model of language
+for other ends.
+"""
+USE_PIPELINE = """from diffusers import DiffusionPipeline
+
+import visbio_diffusers  # or without it: from_pretrained(..., custom_pipeline="{repo}", trust_remote_code=True)
+
+pipe = DiffusionPipeline.from_pretrained("{repo}")
+image = pipe("{prompt}").images[0]"""
+USE_ADAPTER = """from visbio_diffusers import VisBioPipeline
+
+pipe = VisBioPipeline.from_pretrained("{base}")
+pipe.load_lora_weights("{repo}")
+image = pipe("{prompt}").images[0]"""
 LOOKS = {
     "pixels": "pixels",
     "shape": "brightness, turned, mirrored and moved",
@@ -40,20 +74,31 @@ LOOKS = {
 
 def is_adapter(folder: Path) -> bool:
     """Return whether a folder holds a LoRA adapter and no pipeline."""
-    return (folder / LORA_WEIGHTS).is_file() and not (folder / "model_index.json").exists()
+    return (folder / LORA_WEIGHTS).is_file() and not has_index(folder)
 
 
-def render_card(folder: Path) -> str:
-    """Return the card of a trained pipeline or adapter, as its README.md.
+def has_index(folder: Path) -> bool:
+    """Return whether a folder holds a pipeline."""
+    return (folder / "model_index.json").is_file()
+
+
+def render_card(folder: Path, repo: str | None = None) -> str:
+    """Return the card of a trained pipeline, adapter or text encoder, as its README.md.
+
+    Args:
+        folder (`Path`): what was trained, with its training.json or about.md.
+        repo (`str`, *optional*): what its users load, in the place of "{repo}" in about.md: a Hub id, or by default
+            the folder; its last part is the title.
 
     Raises:
         OSError: if the folder holds neither training.json nor about.md.
         ValueError: if about.md has no valid metadata.
     """
-    training = _read(folder / "training.json")
-    about = folder / ABOUT
-    text = about.read_text(encoding="utf-8") if about.exists() else _default_about(folder, training)
-    card = ModelCard(text, ignore_metadata_errors=False)
+    training, place = _read(folder / TRAINING), folder.resolve()
+    repo = repo or (f"model_cards/{place.name}" if place.parent.name == "model_cards" else place.name)
+    name, about = repo.split("/")[-1], folder / ABOUT
+    text = about.read_text(encoding="utf-8") if about.exists() else _default_about(folder, training, name)
+    card = ModelCard(text.replace("{repo}", repo), ignore_metadata_errors=False)
     parts = [card.text.strip(), "## Training\n\n" + training_text(folder, training)]
     results = _read(folder / "results.json")
     if results:
@@ -64,7 +109,7 @@ def render_card(folder: Path) -> str:
     audit = _read(folder / "audit.json")
     if audit:
         parts.append("## Memorization\n\n" + audit_text(audit))
-    data = card_data(folder, card.data.to_dict(), training, results)
+    data = card_data(folder, card.data.to_dict(), training, results, name)
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
@@ -72,12 +117,33 @@ def _read(file: Path) -> dict:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
-def _default_about(folder: Path, training: dict) -> str:
+def _default_about(folder: Path, training: dict, name: str) -> str:
     if not training:
-        raise OSError(f"{folder} has neither training.json nor {ABOUT} to make a card of")
-    names = [Path(name).stem for name in training["config"].get("dataset_name", [])]
-    kind = "adapter" if is_adapter(folder) else "model"
-    return DEFAULT_ABOUT.format(name=folder.resolve().name, kind=kind, data=", ".join(names) or "images of its own")
+        raise OSError(f"{folder} has neither {TRAINING} nor {ABOUT} to make a card of")
+    config = training["config"]
+    if not is_adapter(folder) and not has_index(folder):
+        texts = [Path(text).stem for text in config.get("corpus", [])]
+        banks = " and ".join(config["caption_banks"])
+        return ENCODER_ABOUT.format(name=name, data=banks, texts=" and ".join(texts) or "no other texts")
+    adapter = is_adapter(folder)
+    sets = {Path(each).stem: licence_of(Path(each).stem) for each in config.get("dataset_name", [])}
+    prompts = config.get("validation_prompts") or ["a microscopy image"]
+    use = (USE_ADAPTER if adapter else USE_PIPELINE).replace("{prompt}", prompts[0])
+    use = use.replace("{base}", str(config.get("pretrained_model_name_or_path")))
+    licences = "; ".join(f"{each}: {licence or 'licence unknown'}" for each, licence in sets.items())
+    return DEFAULT_ABOUT.format(
+        name=name,
+        kind="adapter" if adapter else "model",
+        data=", ".join(sets) or "images of its own",
+        grid="\n![Synthetic images](grid.png)\n" if (folder / "grid.png").exists() else "",
+        use=use,
+        licences=licences or "Say here whose images these were, and under which licence.",
+    )
+
+
+def licence_of(dataset: str) -> str | None:
+    """Return the licence of a MedMNIST set, None for other sets."""
+    return next((row["licence"] for row in list_datasets() if row["name"] == dataset), None)
 
 
 def training_text(folder: Path, training: dict) -> str:
@@ -111,13 +177,13 @@ def audit_text(audit: dict) -> str:
     return "\n".join([*lines, "", f"`{audit['command']}`"])
 
 
-def card_data(folder: Path, given: dict, training: dict, results: dict) -> ModelCardData:
+def card_data(folder: Path, given: dict, training: dict, results: dict, name: str) -> ModelCardData:
     """Return the metadata that the Hub reads: what about.md gives, and the measured values as its model-index."""
     facts = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "language": "en"} | given
     if is_adapter(folder):
         facts["tags"] = [*facts.get("tags", []), "lora"]
-        facts.setdefault("base_model", training.get("config", {}).get("pretrained_model_name_or_path"))
-    name = folder.resolve().name
+        base = training.get("config", {}).get("pretrained_model_name_or_path", "")
+        facts.setdefault("base_model", Path(base).name if Path(base).is_dir() else base)
     return ModelCardData(**facts | {"model_name": name, "eval_results": eval_results(results) or None})
 
 

@@ -54,6 +54,9 @@ class TrainConfig:
     resume_from_checkpoint: str = flag("", "latest, or a checkpoint folder; empty starts afresh")
     report_to: str = flag("tensorboard", "none, or any tracker that Accelerate knows, such as wandb")
     logging_steps: int = flag(10, "report the loss every so many optimizer steps")
+    push_to_hub: bool = flag(False, "publish what was trained on the Hub")
+    hub_model_id: str = flag("", "repo to publish to, as owner/name; default is the name of output_dir, in your space")
+    hub_private_repo: bool = flag(False, "make a new repo private")
     dataloader_num_workers: int = flag(0, "processes that load data; 0 loads in the training process")
 
     def __post_init__(self) -> None:

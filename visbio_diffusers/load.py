@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import diffusers
 import torch
 import transformers
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from safetensors import SafetensorError, safe_open
 
 from visbio_diffusers import VisBioPipeline
 from visbio_diffusers.files import digest, one_line
 
 
 DEFAULT_MODEL = "visbio-blood-28"
-WEIGHTS = (".safetensors", ".bin")
+# HfHubHTTPError is one of them and one of its HTTP library, whose name depends on the version: no connection is that.
+HUB_ERRORS = (OSError, *HfHubHTTPError.__bases__)
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
@@ -69,7 +71,11 @@ def load_pipeline(
     try:
         _check_parts(folder)
         denoiser = "unet" if (folder / "unet").is_dir() else "transformer"  # of other pipelines of Diffusers
-        weights = sorted(path for path in (folder / denoiser).iterdir() if path.suffix in WEIGHTS)
+        weights = sorted(path for path in (folder / denoiser).iterdir() if path.suffix == ".safetensors")
+        if not weights:
+            raise OSError(
+                f"its {denoiser} has no .safetensors weights, and others, which can run code, are not loaded"
+            )
         model_sha256 = digest(*weights)
         with _no_bars():
             pipe = _load(folder, getattr(torch, dtype))
@@ -108,7 +114,7 @@ def _download_lora(lora: str) -> Path:
     try:
         with _no_bars():
             return Path(snapshot_download(lora, allow_patterns=["*.safetensors", "*.json"]))
-    except (OSError, ValueError) as error:
+    except (ValueError, *HUB_ERRORS) as error:
         raise OSError(f"no adapter {lora} here, nor within reach on the Hub: {one_line(error)}") from error
 
 
@@ -131,8 +137,11 @@ def _find(model: str | None) -> tuple[Path, str]:
         raise FileNotFoundError(f"no model folder {model}: give a saved pipeline, or a Hub id owner/name")
     try:
         with _no_bars():
-            return Path(VisBioPipeline.download(model)), model
-    except (OSError, ValueError) as error:
+            folder = Path(VisBioPipeline.download(model))
+            with suppress(EntryNotFoundError):  # which Diffusers does not download
+                hf_hub_download(model, "training.json", revision=folder.name)
+            return folder, model
+    except (ValueError, *HUB_ERRORS) as error:
         raise OSError(
             f"no folder {model} here, and no such model within reach on the Hub: {one_line(error)}"
         ) from error
@@ -149,13 +158,20 @@ def _check_parts(folder: Path) -> None:
 def _load(folder: Path, dtype: torch.dtype) -> VisBioPipeline:
     """Load a pipeline whose parts are all of `dtype` (but for those that a UNet keeps in float32)."""
     if json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"] != "VisBioPipeline":
-        return diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        options = {"local_files_only": True, "use_safetensors": True}
+        return diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype, **options)
     pipe = VisBioPipeline.from_pretrained(folder, unet=None)  # passed here, Diffusers would print all its layers
     pipe.register_modules(unet=diffusers.AutoModel.from_pretrained(str(folder), subfolder="unet", torch_dtype=dtype))
     if len(pipe.tokenizer) <= len(pipe.tokenizer.all_special_tokens):  # what a lost vocabulary loads as
         raise ValueError("its tokenizer has no words")
     pipe.text_encoder.to(dtype)
     return pipe
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Return the dtype of the weights in a folder, as they are on disk."""
+    with safe_open(min(folder.glob("*.safetensors")), framework="pt") as file:
+        return file.get_tensor(next(iter(file.keys()))).dtype
 
 
 def _recorded(folder: Path) -> dict[str, str]:

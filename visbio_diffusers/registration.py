@@ -2,13 +2,11 @@
 
 They are private API of Diffusers, which is why pyproject.toml bounds its version. With them `model_index.json` holds
 `["visbio_diffusers", "VisBioUNet"]`, and `DiffusionPipeline.from_pretrained` and `diffusers.AutoModel` load our
-folders and Hub repos without `trust_remote_code`; the caches that skip transformer blocks know ours; and the weights
-of LoRA adapters reach it.
+folders and Hub repos without `trust_remote_code`, and the caches that skip transformer blocks know ours.
 """
 
 import diffusers
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.loaders.peft import _SET_ADAPTER_SCALE_FN_MAPPING
 from diffusers.pipelines import pipeline_loading_utils
 
 
@@ -30,6 +28,5 @@ def register(package, classes):
     for each in classes:
         setattr(diffusers, each.__name__, each)
         setattr(diffusers.pipelines, each.__name__, each)
-        _SET_ADAPTER_SCALE_FN_MAPPING[each.__name__] = lambda model, weights: weights
     block = package.models.attention_visbio.VisBioTransformerBlock
     TransformerBlockRegistry.register(block, TransformerBlockMetadata(return_hidden_states_index=0))

@@ -15,9 +15,12 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.utils import apply_lora_scale
+from diffusers.utils.peft_utils import set_weights_and_activate_adapters
 from torch import nn
 
 from visbio_diffusers.models.attention_visbio import VisBioTextBlock, VisBioTransformerBlock
+from visbio_diffusers.models.lora_scales import layer_scales
+from visbio_diffusers.models.safetensors_mixin import SafetensorsMixin
 
 
 class VisBioResnetBlock(nn.Module):
@@ -102,7 +105,7 @@ def sinusoidal_positions(height, width, dim, device, dtype):
     return F.pad(grid, (0, dim - grid.shape[-1])).reshape(1, height * width, dim).to(dtype)
 
 
-class VisBioUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
+class VisBioUNet(SafetensorsMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     """Denoise images given text: a convolutional U-Net whose lowest resolution is a transformer.
 
     Text enters by cross-attention in each transformer block and by FiLM (its mean, added to the timestep
@@ -185,6 +188,22 @@ class VisBioUNet(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, Cach
             if isinstance(module, (VisBioTransformerBlock, VisBioResnetBlock)):
                 nn.init.zeros_(module.film.weight)
                 nn.init.zeros_(module.film.bias)
+
+    def set_adapters(self, adapter_names, weights=None):
+        """Activate LoRA adapters with their weights.
+
+        Args:
+            adapter_names (`str` or `list[str]`): those to use.
+            weights (`float` or `dict`, or a list with one for each, *optional*): one number, or numbers by block as
+                in [`layer_scales`]; 1 where left out.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        weights = weights if isinstance(weights, list) else [weights] * len(names)
+        if len(weights) != len(names):
+            raise ValueError(f"got {len(weights)} weights for {len(names)} adapters: give one for each")
+        layers = [name for name, module in self.named_modules() if hasattr(module, "lora_A")]
+        scales = [layer_scales(layers, 1.0 if weight is None else weight) for weight in weights]
+        set_weights_and_activate_adapters(self, names, scales)
 
     # Diffusers' caches look for `transformer_blocks` among the children of what they are enabled on
 

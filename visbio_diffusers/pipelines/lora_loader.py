@@ -9,6 +9,33 @@ class VisBioLoraLoaderMixin(StableDiffusionLoraLoaderMixin):
     _lora_loadable_modules = ["unet"]
 
     @classmethod
+    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict, **kwargs):
+        """Return the weights of an adapter; arguments as in Diffusers.
+
+        Raises:
+            ValueError: if the file named is a pickle, which can run code, and `use_safetensors` is not False.
+        """
+        weight_name = kwargs.get("weight_name") or ""
+        if kwargs.get("use_safetensors") is None:
+            kwargs["use_safetensors"] = True
+            if weight_name and not weight_name.endswith(".safetensors"):
+                raise ValueError(
+                    f"{weight_name} is no .safetensors file: ask for one, or pass use_safetensors=False if you trust"
+                    " who made it"
+                )
+        return super().lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
+
+    @classmethod
+    def load_lora_into_unet(cls, state_dict, network_alphas, unet, **kwargs):
+        """Add an adapter to the UNet; arguments as in Diffusers.
+
+        Raises:
+            ValueError: if the adapter was made for another model; the message names the layer.
+        """
+        check_fit(state_dict, unet)
+        super().load_lora_into_unet(state_dict, network_alphas, unet, **kwargs)
+
+    @classmethod
     def load_lora_into_text_encoder(cls, *args, **kwargs):
         """Do nothing: a BERT is not what Diffusers expects here."""
 
@@ -19,3 +46,33 @@ class VisBioLoraLoaderMixin(StableDiffusionLoraLoaderMixin):
     def unfuse_lora(self, components=("unet",), **kwargs):
         """Take merged adapters out of the weights; arguments as in Diffusers."""
         super().unfuse_lora(components, **kwargs)
+
+
+def check_fit(state_dict, unet) -> None:
+    """Raise a ValueError naming the first layer of an adapter that `unet` lacks, or has in another size.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`): keys in Diffusers' format, `unet.LAYER.lora_A.weight` and `lora_B`.
+        unet (`torch.nn.Module`): with or without adapters.
+    """
+    layers = dict(unet.named_modules())
+    for key, weight in state_dict.items():
+        part, _, name = key.partition(".")
+        if part != "unet":
+            raise ValueError(
+                f"the adapter was made for another model: it holds {key}, and only a `unet` takes adapters"
+            )
+        name, _, matrix = name.partition(".lora_")
+        if matrix not in ("A.weight", "B.weight"):
+            continue
+        if name not in layers:
+            raise ValueError(f"the adapter was made for another model: this one has no layer {name}")
+        own = getattr(layers[name], "base_layer", layers[name]).weight.shape
+        # A is (rank, in, ...), B is (out, rank, ...), of a layer (out, in, ...)
+        sizes = (weight.shape[1:], own[1:]) if matrix == "A.weight" else (weight.shape[:1], own[:1])
+        if sizes[0] != sizes[1]:
+            side = "takes" if matrix == "A.weight" else "gives"
+            raise ValueError(
+                f"the adapter was made for another model: its layer {name} {side} {tuple(sizes[0])} features, "
+                f"this model's {tuple(sizes[1])}"
+            )

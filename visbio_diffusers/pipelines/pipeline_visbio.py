@@ -1,6 +1,5 @@
 """VisBioPipeline: biological images from text, in pixel space."""
 
-import inspect
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -9,22 +8,22 @@ from numbers import Real
 import torch
 import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from visbio_diffusers.models.unet_visbio import VisBioUNet
+from visbio_diffusers.models.safetensors_mixin import SafetensorsMixin
 from visbio_diffusers.pipelines.lora_loader import VisBioLoraLoaderMixin
-from visbio_diffusers.pipelines.schedulers import prepare_timesteps
+from visbio_diffusers.pipelines.schedulers import prepare_timesteps, step_arguments
 from visbio_diffusers.text import check_texts, encode_text, max_tokens, text_mask
 
 
 logger = logging.getLogger(__name__)
 
 
-class VisBioPipeline(DiffusionPipeline, VisBioLoraLoaderMixin):
+class VisBioPipeline(SafetensorsMixin, DiffusionPipeline, VisBioLoraLoaderMixin):
     """Draw biological images from descriptions.
 
     Args:
@@ -48,7 +47,7 @@ class VisBioPipeline(DiffusionPipeline, VisBioLoraLoaderMixin):
 
     def __init__(
         self,
-        unet: VisBioUNet | UNet2DConditionModel,
+        unet: ModelMixin,
         scheduler: SchedulerMixin,
         text_encoder: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
@@ -341,8 +340,7 @@ class VisBioPipeline(DiffusionPipeline, VisBioLoraLoaderMixin):
         latents = self.prepare_latents(
             prompt_embeds.shape[0], height, width, torch.float32, device, generator, latents
         )
-        takes = inspect.signature(self.scheduler.step).parameters
-        step_kwargs = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in takes}
+        step_kwargs = step_arguments(self.scheduler, eta, generator)
 
         # 5. Denoise; keys and values of the text are computed once
         text_caches = {}

@@ -23,6 +23,9 @@ SCHEDULERS = (
 )
 # Their steps pile up at the terminal timestep, where the noise level of a cosine schedule runs away.
 UNFIT_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas")
+# In the first step from zero terminal SNR DDIM takes the root of 1 - eta^2, times a positive number, that rounding can
+# bring below 0 at eta 1, depending on the processor: all pixels would be NaN.
+MAX_ETA = 1 - 1e-6
 MAX_INIT_SIGMA = 5000.0  # Euler at zero terminal SNR starts at 4096; second-order steps from 20,000 go astray
 
 
@@ -67,6 +70,13 @@ def prepare_timesteps(
             f' {name}.from_config(pipe.scheduler.config, timestep_spacing="leading")'
         )
     return scheduler.timesteps
+
+
+def step_arguments(scheduler, eta: float, generator) -> dict:
+    """Return those of the DDIM noise share `eta` (at most a millionth below 1) and `generator` that `step` takes."""
+    takes = inspect.signature(scheduler.step).parameters
+    given = {"eta": min(eta, MAX_ETA), "generator": generator}
+    return {name: value for name, value in given.items() if name in takes}
 
 
 def check_scheduler(scheduler) -> None:
