@@ -1,0 +1,126 @@
+"""Adapters on the pipeline: weights by block, several at once, fusing, swapping, and those made for another model."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+
+from visbio_diffusers import VisBioPipeline
+from visbio_diffusers.models.lora_scales import layer_scales
+
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv_in", "upsampler"]
+
+
+@pytest.fixture
+def adapter(tiny_pipeline_dir, tmp_path):
+    """Return a function that writes an adapter of the tiny pipeline, from a seed, to a folder."""
+
+    def make(name, seed=1, rank=2, targets=TARGETS):
+        unet = VisBioPipeline.from_pretrained(tiny_pipeline_dir).unet
+        unet.add_adapter(LoraConfig(r=rank, target_modules=targets))
+        generator = torch.Generator().manual_seed(seed)
+        weights = {
+            name: torch.randn(value.shape, generator=generator) * 0.3
+            for name, value in sorted(get_peft_model_state_dict(unet).items())
+        }
+        VisBioPipeline.save_lora_weights(tmp_path / name, unet_lora_layers=weights)
+        return tmp_path / name
+
+    return make
+
+
+def draw(pipe, **settings):
+    seed = torch.Generator().manual_seed(0)
+    return pipe("a cell", num_inference_steps=2, generator=seed, output_type="pt", **settings).images
+
+
+def test_weights_of_blocks(tiny_pipeline, adapter):
+    plain = draw(tiny_pipeline)
+    tiny_pipeline.load_lora_weights(adapter("one"), adapter_name="one")
+    full = draw(tiny_pipeline)
+    none = {"unet": {"down": 0, "mid": 0, "up": 0}}
+    tiny_pipeline.set_adapters("one", none)
+    only_conv_in = draw(tiny_pipeline)  # which is in no block
+    assert (only_conv_in - plain).abs().max() > 1e-4 and (only_conv_in - full).abs().max() > 1e-4
+    for part in ("down", "mid", "up"):
+        tiny_pipeline.set_adapters("one", {"unet": {**none["unet"], part: 1.0}})
+        assert (draw(tiny_pipeline) - only_conv_in).abs().max() > 1e-4
+    tiny_pipeline.set_adapters("one", {"unet": {"down": {"block_0": [1.0, 1.0]}, "mid": [1.0]}})
+    torch.testing.assert_close(draw(tiny_pipeline), full, rtol=0, atol=0)
+    tiny_pipeline.set_adapters(["one"], [0.5])
+    half = draw(tiny_pipeline)
+    tiny_pipeline.set_adapters("one", {"unet": {"down": 0.5, "mid": 0.5, "up": 0.5}})
+    assert not torch.equal(draw(tiny_pipeline), half)  # conv_in
+
+
+def test_scales_by_hand():
+    layers = ["conv_in", "down_blocks.0.resnets.1.conv1", "down_blocks.1.downsampler", "up_blocks.0.upsampler",
+              "mid_block.transformer_blocks.12.attn1.to_q", "up_blocks.1.resnets.0.conv2"]  # fmt: skip
+    scales = {"down": {"block_0": [0.1, 0.2], "block_1": [5]}, "mid": list(range(13)), "up": {"block_1": 0.7}}
+    found = layer_scales(layers, scales)
+    assert found == dict(zip(layers, [1.0, 0.2, 1.0, 1.0, 12.0, 0.7]))
+    assert layer_scales(layers, 0.3) == 0.3
+
+
+@pytest.mark.parametrize("scale", [{"left": 1.0}, {"mid": [1.0]}, {"down": {"block_0": [1.0]}}, {"up": [1.0, 2.0]}])
+def test_scales_that_fit_no_block_are_named(scale):
+    layers = ["mid_block.transformer_blocks.1.attn1.to_q", "down_blocks.0.resnets.1.conv1", "up_blocks.0.upsampler"]
+    with pytest.raises(ValueError, match="not for left|give no number for"):
+        layer_scales(layers, scale)
+
+
+def test_several_adapters_fused_and_taken_away(tiny_pipeline, adapter):
+    plain = draw(tiny_pipeline)
+    tiny_pipeline.load_lora_weights(adapter("one"), adapter_name="one")
+    first = draw(tiny_pipeline)
+    tiny_pipeline.load_lora_weights(adapter("two", seed=2, targets=["to_q"]), adapter_name="two")
+    tiny_pipeline.set_adapters(["one", "two"], [0.7, 0.4])
+    both = draw(tiny_pipeline)
+    assert tiny_pipeline.get_active_adapters() == ["one", "two"]
+    tiny_pipeline.fuse_lora(adapter_names=["one", "two"])
+    torch.testing.assert_close(draw(tiny_pipeline), both, rtol=0, atol=1e-4)
+    tiny_pipeline.unfuse_lora()
+    torch.testing.assert_close(draw(tiny_pipeline), both, rtol=0, atol=1e-4)
+    tiny_pipeline.delete_adapters("two")
+    tiny_pipeline.set_adapters("one", 1.0)
+    torch.testing.assert_close(draw(tiny_pipeline), first, rtol=0, atol=1e-4)
+    tiny_pipeline.disable_lora()
+    torch.testing.assert_close(draw(tiny_pipeline), plain, rtol=0, atol=1e-4)
+    tiny_pipeline.enable_lora()
+    tiny_pipeline.unload_lora_weights()
+    torch.testing.assert_close(draw(tiny_pipeline), plain, rtol=0, atol=1e-4)
+
+
+def test_hot_swap(tiny_pipeline, adapter):
+    one, two = adapter("one"), adapter("two", seed=2, rank=4)
+    drawn = []
+    for folder in (one, two):
+        tiny_pipeline.load_lora_weights(folder, adapter_name="plain")
+        drawn.append(draw(tiny_pipeline))
+        tiny_pipeline.unload_lora_weights()
+    tiny_pipeline.unet.enable_lora_hotswap(target_rank=4)
+    tiny_pipeline.load_lora_weights(one, adapter_name="swapped")
+    torch.testing.assert_close(draw(tiny_pipeline), drawn[0], rtol=0, atol=1e-4)
+    tiny_pipeline.load_lora_weights(two, adapter_name="swapped", hotswap=True)
+    torch.testing.assert_close(draw(tiny_pipeline), drawn[1], rtol=0, atol=1e-4)
+    assert tiny_pipeline.get_active_adapters() == ["swapped"]
+
+
+def test_adapter_of_another_model_is_refused_by_name(tiny_pipeline, adapter, tiny_unet):
+    plain = draw(tiny_pipeline)
+    weights, _ = tiny_pipeline.lora_state_dict(adapter("one"))
+    narrow = "unet.mid_block.transformer_blocks.0.attn1.to_q.lora_A.weight"
+    deeper = {name.replace("blocks.0.attn1", "blocks.9.attn1"): value for name, value in weights.items()}
+    wider = weights | {narrow: weights[narrow].repeat(1, 2)}
+    text = {**weights, "text_encoder.layer.lora_A.weight": torch.zeros(2, 2)}
+    message = "the adapter was made for another model: "
+    for state, reason in (
+        (deeper, r"this one has no layer mid_block\.transformer_blocks\.9\.attn1"),
+        (wider, r"its layer mid_block\.transformer_blocks\.0\.attn1\.to_q takes \(64,\) features, this .* \(32,\)"),
+        (text, "it holds text_encoder.layer.lora_A.weight"),
+    ):
+        with pytest.raises(ValueError, match=message + reason):
+            tiny_pipeline.load_lora_weights(state)
+    assert tiny_pipeline.get_list_adapters() == {}
+    torch.testing.assert_close(draw(tiny_pipeline), plain, rtol=0, atol=0)
