@@ -52,7 +52,30 @@ def test_card_of_a_new_adapter_names_its_data_command_and_base(tmp_path):
     data = ModelCard(text, ignore_metadata_errors=False).data
     assert "trained by visbio_diffusers on bloodmnist_rebuilt_28" in text and "not for clinical use" in text
     assert "pytorch_lora_weights.safetensors 1.5 MB" in text and "--preset blood-28" in text
-    assert "lora" in data.tags and data.base_model == "model_cards/visbio-blood-28" and not data.eval_results
+    assert "lora" in data.tags and data.base_model == "visbio-blood-28" and not data.eval_results
+    assert 'pipe.load_lora_weights("my-adapter")' in text
+    assert 'pipe.load_lora_weights("me/nuclei")' in render_card(folder, "me/nuclei")
     (folder / "training.json").unlink()
     with pytest.raises(OSError, match="my-adapter has neither training.json nor about.md"):
         render_card(folder)
+
+
+def test_card_of_a_text_encoder_names_its_words(tmp_path):
+    record = json.loads((ROOT / "model_cards" / "visbio-blood-28" / "training.json").read_text())
+    config = {"caption_banks": ["bloodmnist", "pathmnist"], "corpus": ["data/abstracts.jsonl"]}
+    (tmp_path / "training.json").write_text(json.dumps(record | {"config": config}))
+    text = render_card(tmp_path, "me/words")
+    data = ModelCard(text, ignore_metadata_errors=False).data
+    assert "# words" in text and "captions of bloodmnist and pathmnist and abstracts" in text
+    assert data.library_name == "transformers" and data.pipeline_tag == "feature-extraction"
+
+
+def test_card_of_a_trained_pipeline_says_how_to_load_it_and_under_which_licence(tiny_pipeline_dir, tmp_path):
+    folder = tmp_path / "mine"
+    shutil.copytree(tiny_pipeline_dir, folder)
+    record = json.loads((ROOT / "model_cards" / "visbio-blood-28" / "training.json").read_text())
+    config = {"dataset_name": ["bloodmnist", "my/images"], "validation_prompts": ["a cell in mitosis"]}
+    (folder / "training.json").write_text(json.dumps(record | {"config": config}))
+    text = render_card(folder, "me/mine")
+    assert 'custom_pipeline="me/mine", trust_remote_code=True' in text and 'pipe("a cell in mitosis")' in text
+    assert "bloodmnist: CC BY 4.0; images: licence unknown" in text and "grid.png" not in text

@@ -72,6 +72,17 @@ from visbio_diffusers import VisBioPipeline
 out, *places = sys.argv[1:]
 np.save(out, [draw(VisBioPipeline.from_pretrained(place)) for place in places])
 """
+ADAPTER = """
+from visbio_diffusers import VisBioPipeline
+from visbio_diffusers.load import load_pipeline
+
+folder, adapter = sys.argv[1:]
+pipe = VisBioPipeline.from_pretrained(folder)
+pipe.load_lora_weights(adapter, adapter_name="one")
+assert pipe.get_list_adapters() == {"unet": ["one"]}
+facts = load_pipeline(folder, "cpu", lora=adapter)[1]
+assert facts["lora"] == adapter and facts["caption_banks"] == "bloodmnist", facts
+"""
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +260,23 @@ def test_training_publishes_what_it_made_or_refuses_before_it_begins(tiny_pipeli
     files = server.files("alice/my-adapter", revision="main")
     assert b"# my-adapter" in files["README.md"] and b'load_lora_weights("alice/my-adapter")' in files["README.md"]
     assert files["pytorch_lora_weights.safetensors"] and "lora" in files["README.md"].decode().split("---")[1]
+    run(ADAPTER, tiny_pipeline_dir, "alice/my-adapter", environment=server.environment("hf_alice", tmp_path / "home"))
+
+
+def test_repo_of_a_text_encoder(tiny_pipeline_dir, tmp_path):
+    folder = tmp_path / "run" / "text_encoder"
+    for part in ("text_encoder", "tokenizer"):
+        shutil.copytree(tiny_pipeline_dir / part, folder, dirs_exist_ok=True)
+    record = json.loads((ROOT / "model_cards" / "visbio-blood-28" / "training.json").read_text())
+    (folder / "training.json").write_text(json.dumps(record | {"config": {"caption_banks": ["bloodmnist"]}}))
+    with hub.made_repo(folder, "me/words") as repo:
+        assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in repo.iterdir()}
+    with pytest.raises(ValueError, match="is no pipeline: variants and shards are for those"):
+        hub.write_repo(folder, tmp_path / "repo", "me/words", variant="fp16")
+    (folder / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ValueError, match=f"{folder.name} does not load|words does not load"):
+        with hub.made_repo(folder, "me/words"):
+            pass
 
 
 class Mark:
