@@ -305,10 +305,13 @@ def test_pickled_weights_are_refused(name, tiny_pipeline_dir, tmp_path):
             VisBioPipeline.from_pretrained(folder, use_safetensors=False)
     (tmp_path / "pytorch_lora_weights.bin").write_bytes(pickle.dumps(Mark(mark)))
     pipe = VisBioPipeline.from_pretrained(tiny_pipeline_dir)
-    with pytest.raises(ValueError, match="is no .safetensors file: ask for one"):
-        pipe.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.bin")
-    with pytest.raises((OSError, ValueError)):
-        pipe.load_lora_weights(tmp_path)
+    for settings in ({}, {"use_safetensors": True}, {"weight_name": "pytorch_lora_weights.bin"}):
+        with pytest.raises((OSError, ValueError)):
+            pipe.load_lora_weights(tmp_path, **settings)
+    with pytest.raises(
+        FileNotFoundError, match="no adapter .*bin: give a folder with pytorch_lora_weights.safetensors"
+    ):
+        load_pipeline(str(tiny_pipeline_dir), lora=str(tmp_path / "pytorch_lora_weights.bin"))
     assert not mark.exists()
 
 

@@ -94,8 +94,8 @@ def _add_lora(pipe: VisBioPipeline, lora: str, scale: float, facts: dict[str, st
         folder = place if place.is_dir() else _download_lora(lora)
         name = LORA_WEIGHTS
         file = folder / name
-    if not file.is_file():
-        raise FileNotFoundError(f"no adapter {lora}: give a folder with {LORA_WEIGHTS}, a file, or a Hub id")
+    if not file.is_file() or file.suffix != ".safetensors":
+        raise FileNotFoundError(f"no adapter {lora}: give a folder with {LORA_WEIGHTS}, such a file, or a Hub id")
     try:
         pipe.load_lora_weights(str(folder), weight_name=name, adapter_name="lora")
     except (OSError, TypeError, RuntimeError, ValueError, SafetensorError) as error:

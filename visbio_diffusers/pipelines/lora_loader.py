@@ -12,17 +12,12 @@ class VisBioLoraLoaderMixin(StableDiffusionLoraLoaderMixin):
     def lora_state_dict(cls, pretrained_model_name_or_path_or_dict, **kwargs):
         """Return the weights of an adapter; arguments as in Diffusers.
 
-        Raises:
-            ValueError: if the file named is a pickle, which can run code, and `use_safetensors` is not False.
+        A pickle (.bin) is taken only where its name is given, or with `use_safetensors=False`; of it torch loads
+        tensors alone.
         """
-        weight_name = kwargs.get("weight_name") or ""
-        if kwargs.get("use_safetensors") is None:
+        named = kwargs.get("weight_name") or str(pretrained_model_name_or_path_or_dict).endswith(".bin")
+        if kwargs.get("use_safetensors") is None and not named:
             kwargs["use_safetensors"] = True
-            if weight_name and not weight_name.endswith(".safetensors"):
-                raise ValueError(
-                    f"{weight_name} is no .safetensors file: ask for one, or pass use_safetensors=False if you trust"
-                    " who made it"
-                )
         return super().lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
 
     @classmethod
@@ -58,7 +53,7 @@ def check_fit(state_dict, unet) -> None:
     layers = dict(unet.named_modules())
     for key, weight in state_dict.items():
         part, _, name = key.partition(".")
-        if part != "unet":
+        if name and part != "unet":
             raise ValueError(
                 f"the adapter was made for another model: it holds {key}, and only a `unet` takes adapters"
             )
