@@ -57,6 +57,7 @@ np.save(out, images)
 WITHOUT_PACKAGE = """
 import importlib.util
 assert importlib.util.find_spec("visbio_diffusers") is None
+sys.modules |= {"accelerate": None, "peft": None}  # which Diffusers and Transformers do without
 from diffusers import DiffusionPipeline
 
 out, *places = sys.argv[1:]

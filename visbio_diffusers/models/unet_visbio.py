@@ -136,7 +136,6 @@ class VisBioUNet(SafetensorsMixin, ModelMixin, AttentionMixin, ConfigMixin, Peft
     _no_split_modules = ["VisBioTransformerBlock", "VisBioResnetBlock", "VisBioTextBlock"]
     _repeated_blocks = ["VisBioTransformerBlock"]  # all of one shape; residual blocks are not
     _skip_layerwise_casting_patterns = ["norm", "time_embedding", "conv_in", "conv_out"]
-    _keep_in_fp32_modules = ["time_embedding"]
 
     @register_to_config
     def __init__(
