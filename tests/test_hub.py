@@ -236,6 +236,10 @@ def test_pull_request(published, as_user):
     (published / "note.txt").unlink()
     assert "discussions" in place and server.files("alice/tiny", revision="main") == before
     assert server.files("alice/tiny", revision="refs/pr/1")["note.txt"] == b"new"
+    server.add_repo("bob/public")
+    assert hub.open_repo("bob/public", pull_request=True) == "bob/public"
+    with pytest.raises(ValueError, match="may not write to bob/nothing"):
+        hub.open_repo("bob/nothing", pull_request=True)
 
 
 def test_training_publishes_what_it_made_or_refuses_before_it_begins(tiny_pipeline_dir, as_user, tmp_path):

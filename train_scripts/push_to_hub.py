@@ -19,7 +19,7 @@ class PushConfig:
     """Publish a trained pipeline, LoRA adapter or text encoder on the Hub."""
 
     folder: str = field(metadata={"help": "what a training has written: RUN/pipeline, RUN/lora or RUN/text_encoder"})
-    hub_model_id: str = flag("", "repo, as owner/name; default is the folder's name, in your own space")
+    hub_model_id: str = flag("", "repo to upload to, as owner/name, or a name in your own space")
     private: bool = flag(False, "make a new repo private")
     revision: str = flag("", "branch to push to, created if there is none")
     create_pr: bool = flag(False, "open a pull request instead of pushing")
@@ -32,8 +32,8 @@ class PushConfig:
         """Check what the types do not."""
         if self.variant not in ("", "fp16"):
             raise ValueError(f"variant must be fp16 or empty, got {self.variant!r}")
-        if self.output_dir and (self.hub_model_id or self.create_pr or self.revision):
-            raise ValueError("give either output_dir, to write the repo there, or where to upload it")
+        if bool(self.output_dir) == bool(self.hub_model_id):
+            raise ValueError("give either hub_model_id, to upload the repo, or output_dir, to write it there")
         if self.output_dir and Path(self.output_dir).exists():
             raise ValueError(f"{self.output_dir} is there already: name a new --output_dir")
 
@@ -41,9 +41,11 @@ class PushConfig:
 def main(config: PushConfig) -> int:
     """Publish, or write, and return 0."""
     source = Path(config.folder)
-    repo_id = "" if config.output_dir else hub.open_repo(config.hub_model_id or source.resolve().name, config.private)
-    repo_name = repo_id or Path(config.output_dir).name
-    with hub.made_repo(source, repo_name, config.variant or None, config.max_shard_size or None) as repo:
+    repo_id = ""
+    if config.hub_model_id:
+        repo_id = hub.open_repo(config.hub_model_id, config.private, config.create_pr)
+    name = repo_id or Path(config.output_dir).name
+    with hub.made_repo(source, name, config.variant or None, config.max_shard_size or None) as repo:
         if config.output_dir:
             place = shutil.copytree(repo, config.output_dir)
         else:

@@ -67,12 +67,13 @@ encoder(**tokenizer("a cell", return_tensors="pt"))
 """
 
 
-def open_repo(repo_id: str, private: bool = False) -> str:
+def open_repo(repo_id: str, private: bool = False, pull_request: bool = False) -> str:
     """Return the full name of a model repo to which this user may write; create it if there is none.
 
     Args:
         repo_id (`str`): "owner/name", or a name in the user's own space.
         private (`bool`): whether a new repo is private.
+        pull_request (`bool`): only ask for the right to open one, in a repo that is there.
 
     Raises:
         ValueError: if nobody is logged in, the token may not write there, or the name is none.
@@ -80,9 +81,11 @@ def open_repo(repo_id: str, private: bool = False) -> str:
     """
     api = HfApi()
     try:
-        api.whoami()
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        api.auth_check(repo_id, write=True)
+        user = api.whoami()["name"]
+        repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
+        if not pull_request:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+        api.auth_check(repo_id, write=not pull_request)
     except LocalTokenNotFoundError as error:
         raise ValueError(
             "the Hub asks who you are: run `hf auth login`, or set HF_TOKEN to a token of yours"
