@@ -40,8 +40,8 @@ class PushConfig:
 
 def main(config: PushConfig) -> int:
     """Publish, or write, and return 0."""
-    source = Path(config.folder)
-    repo_id = ""
+    source, repo_id = Path(config.folder), ""
+    hub.check_source(source)
     if config.hub_model_id:
         repo_id = hub.open_repo(config.hub_model_id, config.private, config.create_pr)
     name = repo_id or Path(config.output_dir).name

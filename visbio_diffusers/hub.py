@@ -124,6 +124,14 @@ def code_of(folder: Path) -> dict[Path, str]:
     return {folder / file: bundle(name, module, [name]) for file, (module, name) in CODE.items() if name in classes}
 
 
+def check_source(source: Path) -> None:
+    """Raise a FileNotFoundError with the way out for a folder that no training has written."""
+    if not any((source / file).is_file() for file in (TRAINING, ABOUT)):
+        raise FileNotFoundError(
+            f"no training.json in {source}: give what a training has written, such as RUN/pipeline"
+        )
+
+
 def write_repo(
     source: Path, folder: Path, repo: str, variant: str | None = None, max_shard_size: str | None = None
 ) -> None:
@@ -139,10 +147,7 @@ def write_repo(
         ValueError: if `source` cannot be loaded, or is no pipeline but a variant or shards are asked for.
         OSError: if a file cannot be read or written.
     """
-    if not any((source / file).is_file() for file in (TRAINING, ABOUT)):
-        raise FileNotFoundError(
-            f"no training.json in {source}: give what a training has written, such as RUN/pipeline"
-        )
+    check_source(source)
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns(MANIFEST, "*.py", ".*"))
     if variant or max_shard_size:
         if not has_index(source):
