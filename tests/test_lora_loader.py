@@ -124,3 +124,15 @@ def test_adapter_of_another_model_is_refused_by_name(tiny_pipeline, adapter, tin
             tiny_pipeline.load_lora_weights(state)
     assert tiny_pipeline.get_list_adapters() == {}
     torch.testing.assert_close(draw(tiny_pipeline), plain, rtol=0, atol=0)
+
+
+def test_callback_may_change_the_weight_of_an_adapter_of_the_text(tiny_pipeline, adapter):
+    tiny_pipeline.load_lora_weights(adapter("one", targets=["attn2.to_k", "attn2.to_v"]), adapter_name="one")
+    full = draw(tiny_pipeline)
+
+    def turn_off(pipe, step, timestep, tensors):
+        pipe.set_adapters("one", 0.0)
+        return {}
+
+    changed = draw(tiny_pipeline, callback_on_step_end=turn_off)
+    assert (changed - full).abs().max() > 1e-4  # the second step had no adapter

@@ -358,6 +358,8 @@ class VisBioPipeline(SafetensorsMixin, DiffusionPipeline, VisBioLoraLoaderMixin)
                     wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     changed = callback_on_step_end(self, i, t, wanted)
                     latents = changed.pop("latents", latents)
+                    if getattr(self.unet, "peft_config", None):  # it may have changed the weight of an adapter
+                        text_caches = {}
                     if {"prompt_embeds", "negative_prompt_embeds"} & set(changed):
                         prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
                         negative_prompt_embeds = changed.pop("negative_prompt_embeds", negative_prompt_embeds)
