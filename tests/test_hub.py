@@ -187,6 +187,14 @@ def test_weights_are_copied_bit_by_bit_and_halved_for_the_variant(published, tra
     assert all(torch.equal(halved[name], source[name].half()) for name in source)
 
 
+def test_repo_of_a_repo_with_a_variant_has_the_same_weights(published, trained, tmp_path):
+    hub.write_repo(published, tmp_path / "again", "alice/again", max_shard_size="5GB")
+    again = load_file(tmp_path / "again" / "unet" / "diffusion_pytorch_model.safetensors")
+    source = load_file(trained / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(again[name], source[name]) and again[name].dtype == source[name].dtype for name in source)
+    assert load_pipeline(str(trained))[1]["model_sha256"] == load_pipeline(str(tmp_path / "again"))[1]["model_sha256"]
+
+
 @pytest.mark.parametrize(
     ("token", "repo", "message"),
     [

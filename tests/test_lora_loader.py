@@ -113,11 +113,15 @@ def test_adapter_of_another_model_is_refused_by_name(tiny_pipeline, adapter, tin
     narrow = "unet.mid_block.transformer_blocks.0.attn1.to_q.lora_A.weight"
     deeper = {name.replace("blocks.0.attn1", "blocks.9.attn1"): value for name, value in weights.items()}
     wider = weights | {narrow: weights[narrow].repeat(1, 2)}
+    older = {name.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): v for name, v in deeper.items()}
+    whole = {narrow.replace(".to_q", ".to_out"): weights[narrow]}
     text = {**weights, "text_encoder.layer.lora_A.weight": torch.zeros(2, 2)}
     message = "the adapter was made for another model: "
     for state, reason in (
         (deeper, r"this one has no layer mid_block\.transformer_blocks\.9\.attn1"),
         (wider, r"its layer mid_block\.transformer_blocks\.0\.attn1\.to_q takes \(64,\) features, this .* \(32,\)"),
+        (older, r"this one has no layer mid_block\.transformer_blocks\.9\.attn1"),
+        (whole, r"this one has no layer mid_block\.transformer_blocks\.0\.attn1\.to_out"),
         (text, "it holds text_encoder.layer.lora_A.weight"),
     ):
         with pytest.raises(ValueError, match=message + reason):
@@ -136,3 +140,14 @@ def test_callback_may_change_the_weight_of_an_adapter_of_the_text(tiny_pipeline,
 
     changed = draw(tiny_pipeline, callback_on_step_end=turn_off)
     assert (changed - full).abs().max() > 1e-4  # the second step had no adapter
+
+
+def test_dropout_of_the_training_is_over(tiny_pipeline, tiny_pipeline_dir, tmp_path):
+    unet = VisBioPipeline.from_pretrained(tiny_pipeline_dir).unet
+    config = LoraConfig(r=2, lora_dropout=0.5, target_modules=TARGETS, init_lora_weights=False)
+    unet.add_adapter(config)
+    weights, metadata = get_peft_model_state_dict(unet), unet.peft_config["default"].to_dict()
+    VisBioPipeline.save_lora_weights(tmp_path, unet_lora_layers=weights, unet_lora_adapter_metadata=metadata)
+    tiny_pipeline.load_lora_weights(tmp_path)
+    assert tiny_pipeline.unet.peft_config["default_0"].lora_dropout == 0.5
+    assert not any(module.training for module in tiny_pipeline.unet.modules())

@@ -5,6 +5,7 @@ The repo is made, loaded in fresh processes, then uploaded; when that is interru
 --output_dir it is written there instead, and nothing is uploaded.
 """
 
+import re
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -32,6 +33,10 @@ class PushConfig:
         """Check what the types do not."""
         if self.variant not in ("", "fp16"):
             raise ValueError(f"variant must be fp16 or empty, got {self.variant!r}")
+        if self.max_shard_size and not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", self.max_shard_size):
+            raise ValueError(f"max_shard_size must be like 5GB or 500MB, got {self.max_shard_size!r}")
+        if self.create_pr and self.revision:
+            raise ValueError("create_pr opens its request against main: leave out revision")
         if bool(self.output_dir) == bool(self.hub_model_id):
             raise ValueError("give either hub_model_id, to upload the repo, or output_dir, to write it there")
         if self.output_dir and Path(self.output_dir).exists():

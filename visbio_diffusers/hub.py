@@ -21,7 +21,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from visbio_diffusers.bundle import bundle
-from visbio_diffusers.captions import load_bank
+from visbio_diffusers.captions import BANK_FOLDER, load_bank
 from visbio_diffusers.cards import ABOUT, CARD, TRAINING, has_index, is_adapter, render_card
 from visbio_diffusers.checkpoints import MANIFEST
 from visbio_diffusers.files import one_line, whole_file
@@ -177,7 +177,8 @@ def _draw_grid(folder: Path, name: str) -> None:
     """Draw each class of the training four times, or each of its validation prompts; nothing where it had neither."""
     file = folder / TRAINING
     record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    banks, prompts = record.get("caption_banks", []), record.get("config", {}).get("validation_prompts", [])
+    prompts = record.get("config", {}).get("validation_prompts", [])
+    banks = [bank for bank in record.get("caption_banks", []) if (BANK_FOLDER / f"{bank}.yaml").is_file()]
     if not banks and not prompts:
         return
     pipe, facts = load_pipeline(str(folder))
@@ -248,7 +249,7 @@ def upload(
             revision=revision,
             create_pr=create_pr,
             commit_message=message or "Upload with visbio_diffusers",
-            delete_patterns=["*.safetensors", "*.safetensors.index*.json"],
+            delete_patterns=["*.safetensors", "*.safetensors.index*.json"] if has_index(folder) else None,
         )
     except (RuntimeError, *HUB_ERRORS) as error:  # which of a file that did not arrive is the cause of a RuntimeError
         raise _unreachable(error.__cause__ or error) from error

@@ -71,7 +71,7 @@ def load_pipeline(
     try:
         _check_parts(folder)
         denoiser = "unet" if (folder / "unet").is_dir() else "transformer"  # of other pipelines of Diffusers
-        weights = sorted(path for path in (folder / denoiser).iterdir() if path.suffix == ".safetensors")
+        weights = main_weights(folder / denoiser)
         if not weights:
             raise OSError(
                 f"its {denoiser} has no .safetensors weights, and others, which can run code, are not loaded"
@@ -168,9 +168,14 @@ def _load(folder: Path, dtype: torch.dtype) -> VisBioPipeline:
     return pipe
 
 
+def main_weights(folder: Path) -> list[Path]:
+    """Return the files of weights in a folder, without those of a variant (NAME.fp16.safetensors)."""
+    return sorted(file for file in folder.glob("*.safetensors") if file.name.count(".") == 1)
+
+
 def stored_dtype(folder: Path) -> torch.dtype:
     """Return the dtype of the weights in a folder, as they are on disk."""
-    with safe_open(min(folder.glob("*.safetensors")), framework="pt") as file:
+    with safe_open(main_weights(folder)[0], framework="pt") as file:
         return file.get_tensor(next(iter(file.keys()))).dtype
 
 

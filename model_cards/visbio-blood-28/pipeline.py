@@ -57,12 +57,14 @@ def check_fit(state_dict, unet) -> None:
             raise ValueError(
                 f"the adapter was made for another model: it holds {key}, and only a `unet` takes adapters"
             )
+        name = name.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")  # Diffusers' older format
         name, _, matrix = name.partition(".lora_")
         if matrix not in ("A.weight", "B.weight"):
             continue
-        if name not in layers:
+        layer = getattr(layers.get(name), "base_layer", layers.get(name))
+        if not hasattr(layer, "weight"):
             raise ValueError(f"the adapter was made for another model: this one has no layer {name}")
-        own = getattr(layers[name], "base_layer", layers[name]).weight.shape
+        own = layer.weight.shape
         # A is (rank, in, ...), B is (out, rank, ...), of a layer (out, in, ...)
         sizes = (weight.shape[1:], own[1:]) if matrix == "A.weight" else (weight.shape[:1], own[:1])
         if sizes[0] != sizes[1]:
@@ -99,6 +101,7 @@ class VisBioLoraLoaderMixin(StableDiffusionLoraLoaderMixin):
         """
         check_fit(state_dict, unet)
         super().load_lora_into_unet(state_dict, network_alphas, unet, **kwargs)
+        unet.train(unet.training)  # new layers begin in training mode, in which their dropout draws
 
     @classmethod
     def load_lora_into_text_encoder(cls, *args, **kwargs):
