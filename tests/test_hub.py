@@ -212,6 +212,13 @@ def test_who_may_not_publish_is_told_so_in_one_line(token, repo, message, as_use
     assert "\n" not in str(error.value)
 
 
+def test_public_repo_is_not_taken_for_a_private_one(as_user):
+    as_user("hf_alice")
+    hub.open_repo("open-to-all")
+    with pytest.raises(ValueError, match="alice/open-to-all is there and public"):
+        hub.open_repo("open-to-all", private=True)
+
+
 def test_hub_out_of_reach_is_told_in_one_line(as_user, monkeypatch):
     as_user("hf_alice")
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")

@@ -59,12 +59,12 @@ USE_PIPELINE = """from diffusers import DiffusionPipeline
 import visbio_diffusers  # or without it: from_pretrained(..., custom_pipeline="{repo}", trust_remote_code=True)
 
 pipe = DiffusionPipeline.from_pretrained("{repo}")
-image = pipe("{prompt}").images[0]"""
+image = pipe({prompt}).images[0]"""
 USE_ADAPTER = """from visbio_diffusers import VisBioPipeline
 
 pipe = VisBioPipeline.from_pretrained("{base}")
 pipe.load_lora_weights("{repo}")
-image = pipe("{prompt}").images[0]"""
+image = pipe({prompt}).images[0]"""
 LOOKS = {
     "pixels": "pixels",
     "shape": "brightness, turned, mirrored and moved",
@@ -128,7 +128,7 @@ def _default_about(folder: Path, training: dict, name: str) -> str:
     adapter = is_adapter(folder)
     sets = {Path(each).stem: licence_of(Path(each).stem) for each in config.get("dataset_name", [])}
     prompts = config.get("validation_prompts") or ["a microscopy image"]
-    use = (USE_ADAPTER if adapter else USE_PIPELINE).replace("{prompt}", prompts[0])
+    use = (USE_ADAPTER if adapter else USE_PIPELINE).replace("{prompt}", json.dumps(prompts[0], ensure_ascii=False))
     use = use.replace("{base}", str(config.get("pretrained_model_name_or_path")))
     licences = "; ".join(f"{each}: {licence or 'licence unknown'}" for each, licence in sets.items())
     return DEFAULT_ABOUT.format(

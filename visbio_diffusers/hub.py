@@ -84,8 +84,9 @@ def open_repo(repo_id: str, private: bool = False, pull_request: bool = False) -
         user = api.whoami()["name"]
         repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
         if not pull_request:
-            api.create_repo(repo_id, private=private, exist_ok=True)
+            api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: as the owner has set it
         api.auth_check(repo_id, write=not pull_request)
+        public = not api.model_info(repo_id).private
     except LocalTokenNotFoundError as error:
         raise ValueError(
             "the Hub asks who you are: run `hf auth login`, or set HF_TOKEN to a token of yours"
@@ -98,6 +99,8 @@ def open_repo(repo_id: str, private: bool = False, pull_request: bool = False) -
                 "write, and a repo of your own"
             ) from error
         raise _unreachable(error) from error
+    if private and public:
+        raise ValueError(f"{repo_id} is there and public: make it private on the Hub, or leave out private")
     return repo_id
 
 
