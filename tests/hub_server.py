@@ -31,6 +31,7 @@ LFS_SUFFIXES = (".safetensors", ".bin", ".png")
 LFS_BINARY_SIZE, LFS_SIZE = 10_000, 10_000_000  # bytes above which a file with a NUL, and any, goes to LFS
 GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
 LICENSES = {"apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-sa-4.0", "cc0-1.0", "mit", "other"}
+LICENSES |= {"unknown"}
 FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
 
 

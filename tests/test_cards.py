@@ -52,9 +52,16 @@ def test_card_of_a_new_adapter_names_its_data_command_and_base(tmp_path):
     data = ModelCard(text, ignore_metadata_errors=False).data
     assert "trained by visbio_diffusers on bloodmnist_rebuilt_28" in text and "not for clinical use" in text
     assert "pytorch_lora_weights.safetensors 1.5 MB" in text and "--preset blood-28" in text
-    assert "lora" in data.tags and data.base_model == "visbio-blood-28" and not data.eval_results
+    assert "lora" in data.tags and data.base_model is None and not data.eval_results and data.license == "unknown"
+    assert "from_pretrained(default_model())" in text and "import VisBioPipeline, default_model" in text
     assert 'pipe.load_lora_weights("my-adapter")' in text
     assert 'pipe.load_lora_weights("me/nuclei")' in render_card(folder, "me/nuclei")
+    record = {"config": {"dataset_name": ["bloodmnist"], "pretrained_model_name_or_path": "me/cells"}}
+    (folder / "training.json").write_text(json.dumps(record | {"base_model": "me/cells"}))
+    text = render_card(folder, "me/nuclei")
+    data = ModelCard(text, ignore_metadata_errors=False).data
+    assert data.base_model == "me/cells" and data.datasets == ["albertvillanova/medmnist-v2"]
+    assert 'VisBioPipeline.from_pretrained("me/cells")' in text and "import VisBioPipeline\n" in text
     (folder / "training.json").unlink()
     with pytest.raises(OSError, match="my-adapter has neither training.json nor about.md"):
         render_card(folder)

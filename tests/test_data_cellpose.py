@@ -51,6 +51,13 @@ def test_bits_make_no_difference(tmp_path):
     assert all(np.array_equal(a[0], b[0]) and a[1] == b[1] for a, b in zip(eight, sixteen, strict=True))
 
 
+def test_transparency_makes_no_difference(tmp_path):
+    _write(tmp_path, "plain", _masks())
+    plain = cut_tiles(find_pairs(tmp_path)[0], 32, 32)
+    Image.open(tmp_path / "plain_img.png").convert("LA").save(tmp_path / "plain_img.png")
+    assert all(np.array_equal(a[0], b[0]) for a, b in zip(plain, cut_tiles(find_pairs(tmp_path)[0], 32, 32)))
+
+
 def test_kinds_of_photographs(tmp_path):
     _write(tmp_path, "bright", _masks(), bright=True)
     assert cut_tiles(find_pairs(tmp_path)[0], 32, 32)[0][1].stain == "bright field"
@@ -79,6 +86,9 @@ def test_what_cannot_be_cut_is_named(folder):
         load_cellpose(str(folder), "train", 80)
     Image.fromarray(np.zeros((5, 5), np.uint16)).save(folder / "000_masks.png")
     with pytest.raises(ValueError, match=r"000_masks.png has \(5, 5\) pixels, its photograph \(64, 96\)"):
+        cut_tiles(find_pairs(folder)[0], 32, 32)
+    Image.new("RGB", (96, 64)).save(folder / "000_masks.png")
+    with pytest.raises(ValueError, match=r"000_masks.png is a colour image \(mode RGB\): masks are grey"):
         cut_tiles(find_pairs(folder)[0], 32, 32)
     (folder / "000_img.png").unlink()
     with pytest.raises(ValueError, match="000_masks.png has no photograph 000_img"):

@@ -219,6 +219,14 @@ def test_public_repo_is_not_taken_for_a_private_one(as_user):
         hub.open_repo("open-to-all", private=True)
 
 
+def test_card_that_the_hub_refuses_is_told_in_one_line(as_user, tmp_path):
+    as_user("hf_alice")
+    (tmp_path / "README.md").write_text("---\nlicense: mine\n---\n")
+    with pytest.raises(ValueError, match="license.* must be one of .*about.md") as error:
+        hub.upload(tmp_path, hub.open_repo("badly-licensed"))
+    assert "\n" not in str(error.value)
+
+
 def test_hub_out_of_reach_is_told_in_one_line(as_user, monkeypatch):
     as_user("hf_alice")
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
@@ -230,7 +238,7 @@ def test_interrupted_upload_goes_on(published, as_user):
     server = as_user("hf_alice")
     repo_id = hub.open_repo("interrupted")
     server.fail_uploads_after(2, status=403)
-    with pytest.raises(OSError, match="try the same command again, nothing is lost"):
+    with pytest.raises(OSError, match="the Hub refused it .*: mend that, then the same command goes on"):
         hub.upload(published, repo_id)
     server.reset_faults()
     sent = len(server.repos[repo_id].objects)
@@ -251,6 +259,10 @@ def test_pull_request(published, as_user):
     (published / "note.txt").unlink()
     assert "discussions" in place and server.files("alice/tiny", revision="main") == before
     assert server.files("alice/tiny", revision="refs/pr/1")["note.txt"] == b"new"
+    (published / "note.txt").write_text("newer")
+    hub.upload(published, "alice/tiny", revision="refs/pr/1")
+    (published / "note.txt").unlink()
+    assert server.files("alice/tiny", revision="refs/pr/1")["note.txt"] == b"newer"
     server.add_repo("bob/public")
     assert hub.open_repo("bob/public", pull_request=True) == "bob/public"
     with pytest.raises(ValueError, match="may not write to bob/nothing"):
@@ -312,6 +324,9 @@ class Mark:
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.pkl"])
 def test_pickled_weights_are_refused(name, tiny_pipeline_dir, tmp_path):
     folder, mark = tmp_path / "model", tmp_path / "mark"
+    pickle.loads(pickle.dumps(Mark(mark)))
+    assert mark.exists()
+    mark.unlink()
     shutil.copytree(tiny_pipeline_dir, folder)
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     (folder / "unet" / name).write_bytes(pickle.dumps(Mark(mark)))
@@ -321,8 +336,8 @@ def test_pickled_weights_are_refused(name, tiny_pipeline_dir, tmp_path):
     with pytest.raises(OSError, match="safetensors"):
         VisBioUNet.from_pretrained(folder, subfolder="unet")
     if name.endswith(".bin"):  # who asks for it still gets no code run: torch loads tensors alone
-        with pytest.raises(OSError):
-            VisBioPipeline.from_pretrained(folder, use_safetensors=False)
+        with pytest.raises((OSError, pickle.UnpicklingError)):
+            VisBioUNet.from_pretrained(folder, subfolder="unet", use_safetensors=False)
     (tmp_path / "pytorch_lora_weights.bin").write_bytes(pickle.dumps(Mark(mark)))
     pipe = VisBioPipeline.from_pretrained(tiny_pipeline_dir)
     for settings in ({}, {"use_safetensors": True}, {"weight_name": "pytorch_lora_weights.bin"}):
@@ -360,6 +375,28 @@ def test_one_name_for_two_things_fits_into_no_one_file(tmp_path, monkeypatch):
     monkeypatch.setattr(bundle, "PACKAGE", "second")
     with pytest.raises(ValueError, match="two modules mean different things by SIZE"):
         bundle.bundle("area", "first", ["area"])
+
+
+def test_opt_in_to_pickled_weights_of_a_unet(tiny_unet, tmp_path):
+    unet = tiny_unet()
+    unet.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(OSError, match="safetensors"):
+        VisBioUNet.from_pretrained(tmp_path)
+    loaded = VisBioUNet.from_pretrained(tmp_path, use_safetensors=False)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), unet.parameters(), strict=True))
+
+
+def test_adapter_is_tried_on_its_own_base(tmp_path):
+    weights = ROOT / "model_cards" / "visbio-nuclei-lora" / "pytorch_lora_weights.safetensors"
+    shutil.copy(weights, tmp_path)
+    (tmp_path / "about.md").write_text("# from elsewhere\n")
+    with hub.made_repo(tmp_path, "me/nuclei") as repo:  # no training.json: on the model that comes with the package
+        assert "# from elsewhere" in (repo / "README.md").read_text()
+    config = {"pretrained_model_name_or_path": "/gone/pipeline"}
+    (tmp_path / "training.json").write_text(json.dumps({"config": config}))
+    with pytest.raises(FileNotFoundError, match="no model folder /gone/pipeline: give a saved pipeline"):
+        with hub.made_repo(tmp_path, "me/nuclei"):
+            pass
 
 
 def test_folder_that_no_training_wrote_is_refused(tmp_path):

@@ -57,17 +57,34 @@ def test_weights_of_blocks(tiny_pipeline, adapter):
 def test_scales_by_hand():
     layers = ["conv_in", "down_blocks.0.resnets.1.conv1", "down_blocks.1.downsampler", "up_blocks.0.upsampler",
               "mid_block.transformer_blocks.12.attn1.to_q", "up_blocks.1.resnets.0.conv2"]  # fmt: skip
-    scales = {"down": {"block_0": [0.1, 0.2], "block_1": [5]}, "mid": list(range(13)), "up": {"block_1": 0.7}}
-    found = layer_scales(layers, scales)
-    assert found == dict(zip(layers, [1.0, 0.2, 1.0, 1.0, 12.0, 0.7]))
+    scales = {"down": {"block_0": [0.1, 0.2], "block_1": 5}, "mid": list(range(13)), "up": {"block_1": 0.7}}
+    modules = [*layers, "down_blocks.0.resnets.0", *map("mid_block.transformer_blocks.{}".format, range(12))]
+    found = layer_scales(layers, scales, modules)
+    assert found == dict(zip(layers, [1.0, 0.2, 5.0, 1.0, 12.0, 0.7]))
     assert layer_scales(layers, 0.3) == 0.3
 
 
-@pytest.mark.parametrize("scale", [{"left": 1.0}, {"mid": [1.0]}, {"down": {"block_0": [1.0]}}, {"up": [1.0, 2.0]}])
-def test_scales_that_fit_no_block_are_named(scale):
-    layers = ["mid_block.transformer_blocks.1.attn1.to_q", "down_blocks.0.resnets.1.conv1", "up_blocks.0.upsampler"]
-    with pytest.raises(ValueError, match="not for left|give no number for"):
-        layer_scales(layers, scale)
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        ({"left": 1.0}, "adapter has no block 'left': it has down, mid, up"),
+        ({"mid": [1.0]}, "mid of adapter has 1 weights .*: give one for each block within it"),
+        ({"mid": [1.0, 1.0, 1.0]}, "mid of adapter has 3 weights"),
+        ({"mid": {"block_0": 1.0}}, "mid of adapter has no block 'block_0'"),
+        ({"down": {"block_1": 1.0}}, "down of adapter has no block 'block_1': it has block_0"),
+        ({"down": {"block_0": [1.0]}}, "block_0 of down of adapter has 1 weights"),
+        ({"up": [1.0, 2.0]}, "up of adapter has 2 weights"),
+        ({"up": "all"}, "up of adapter has the weight 'all': give a number"),
+    ],
+)
+def test_scales_that_fit_no_block_are_named(scale, message):
+    adapted = ["mid_block.transformer_blocks.1.attn1.to_q"]
+    modules = ["mid_block.transformer_blocks.0", *adapted, "down_blocks", "down_blocks.0", "down_blocks.0.resnets.0"]
+    modules += ["down_blocks.0.resnets.1.conv1", "up_blocks.0.upsampler"]
+    with pytest.raises(ValueError, match=message):
+        layer_scales(adapted, scale, modules)
+    fitting = {"down": {"block_0": [0.0, 0.0]}, "up": 0.0, "mid": 0.5}
+    assert layer_scales(adapted, fitting, modules) == {adapted[0]: 0.5}
 
 
 def test_several_adapters_fused_and_taken_away(tiny_pipeline, adapter):

@@ -81,7 +81,7 @@ def test_adapter_is_averaged_saved_with_its_record_and_changes_what_is_drawn(tra
     assert np.abs(adapted - plain).max() > 1e-4 and np.array_equal(draw(str(folder / "lora"), 0.0)[0], plain)
     assert lora_facts["lora"] == "lora" and lora_facts["model_sha256"] == facts["model_sha256"]
     assert lora_facts["caption_banks"] == "bloodmnist" and lora_facts["lora_scale"] == "1"
-    with pytest.raises(FileNotFoundError, match="no adapter .*nowhere: give a folder with pytorch_lora_weights"):
+    with pytest.raises(FileNotFoundError, match="no adapter .*nowhere: give its folder, or a Hub id"):
         draw(str(folder / "nowhere"))
 
 

@@ -27,13 +27,13 @@ SCRIPTS = sorted((ROOT / "train_scripts").glob("*.py"))
 # A file imports from the layers above its own line here, and from its own subpackage, never sideways or down.
 LAYERS = [
     {"files"},
-    {"checkpoints", "config", "grid", "losses", "registration", "wording"},
+    {"augmentation", "checkpoints", "config", "grid", "losses", "registration", "wording"},
     {"captions"},
     {"data", "models", "text", "training"},
-    {"pipelines"},
+    {"image_sets", "pipelines"},
     {"visbio_diffusers"},
     {"bundle", "generate", "load", "text_to_image", "validation"},
-    {"evaluation"},
+    {"alignment", "evaluation"},
     {"cards"},
     {"hub"},
     {"cli"},

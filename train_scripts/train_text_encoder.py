@@ -238,9 +238,8 @@ def main(config: TextEncoderConfig) -> int:
             encoder.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             write_results({**environment(), "config": asdict(config)}, folder / "training.json")
-            hub.complete(folder, Path(config.output_dir).resolve().name)
 
-        hub.publish_training(save_folder(Path(config.output_dir, "text_encoder"), write), repo_id)
+        hub.finish_training(save_folder(Path(config.output_dir, "text_encoder"), write), config, repo_id)
     accelerator.end_training()
     return result.signum
 

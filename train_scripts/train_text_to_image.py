@@ -12,15 +12,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
-from transformers import AutoModel, AutoTokenizer
 
-from visbio_diffusers import VisBioPipeline, VisBioUNet, default_model, hub
+from visbio_diffusers import VisBioPipeline, VisBioUNet, hub
 from visbio_diffusers.checkpoints import save_folder
 from visbio_diffusers.config import parse, run
 from visbio_diffusers.evaluation import environment, write_results
-from visbio_diffusers.load import DEFAULT_MODEL, load_pipeline
+from visbio_diffusers.load import DEFAULT_MODEL, load_pipeline, load_text_encoder
 from visbio_diffusers.text_to_image import CaptionedImagesConfig, denoising_loss, load_captioned_images
 from visbio_diffusers.training import ema_hook, fit, make_accelerator, make_ema, make_lr_scheduler, make_optimizer
 from visbio_diffusers.validation import validation_hook
@@ -29,7 +27,6 @@ from visbio_diffusers.validation import validation_hook
 logger = logging.getLogger(__name__)
 
 UNETS = {"VisBioUNet": VisBioUNet, "UNet2DConditionModel": UNet2DConditionModel}
-MIN_VOCABULARY = 100  # without its files a tokenizer loads silently, with its special tokens alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,15 +106,7 @@ def load_models(config: TextToImageConfig):
     given = json.loads(config.unet_config)
     if config.pretrained_model_name_or_path:
         return load_pretrained(config, given)
-    source = str(default_model()) if config.text_encoder == DEFAULT_MODEL else config.text_encoder
-    of_pipeline = Path(source, "model_index.json").exists()
-    encoder_part, tokenizer_part = ("text_encoder", "tokenizer") if of_pipeline else ("", "")
-    text_encoder = AutoModel.from_pretrained(source, subfolder=encoder_part, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(source, subfolder=tokenizer_part)
-    if len(tokenizer) < MIN_VOCABULARY:
-        raise ValueError(
-            f"{config.text_encoder} has no vocabulary: name a folder that holds the tokenizer's files too"
-        )
+    text_encoder, tokenizer = load_text_encoder(config.text_encoder)
     shape = {"sample_size": config.resolution, "cross_attention_dim": text_encoder.config.hidden_size}
     shape["in_channels"] = shape["out_channels"] = given.get("in_channels", 3)
     unet = UNETS[given.pop("_class_name", "VisBioUNet")](**{**shape, **given})
@@ -172,13 +161,13 @@ def main(config: TextToImageConfig) -> int:
     if accelerator.is_main_process and not result.signum:
         if ema:
             ema.copy_to(unet.parameters())
-        save_pipeline(pipeline(text_encoder, tokenizer), config, images.banks)
-        hub.publish_training(Path(config.output_dir, "pipeline"), repo_id)
+        folder = save_pipeline(pipeline(text_encoder, tokenizer), config, images.banks)
+        hub.finish_training(folder, config, repo_id)
     accelerator.end_training()
     return result.signum
 
 
-def save_pipeline(pipe: VisBioPipeline, config: TextToImageConfig, banks: list[str]) -> None:
+def save_pipeline(pipe: VisBioPipeline, config: TextToImageConfig, banks: list[str]) -> Path:
     """Write the pipeline to OUTPUT_DIR/pipeline, whole or not at all; `banks` are those whose classes it has seen."""
     if config.save_dtype == "fp16":
         pipe.unet.half()
@@ -190,9 +179,8 @@ def save_pipeline(pipe: VisBioPipeline, config: TextToImageConfig, banks: list[s
         file.write_text(json.dumps({**json.loads(file.read_text()), "dtype": "float32"}, indent=2) + "\n")
         record = {**environment(), "config": asdict(config), "caption_banks": banks}
         write_results(record, folder / "training.json")
-        hub.complete(folder, Path(config.output_dir).resolve().name)
 
-    save_folder(Path(config.output_dir, "pipeline"), write)
+    return save_folder(Path(config.output_dir, "pipeline"), write)
 
 
 if __name__ == "__main__":

@@ -94,8 +94,8 @@ def add_adapter(pipe: VisBioPipeline, config: LoraTrainConfig):
     return unet
 
 
-def save_adapter(unet, config: LoraTrainConfig, banks: list[str]) -> None:
-    """Write the adapter to OUTPUT_DIR/lora, whole or not at all."""
+def save_adapter(unet, config: LoraTrainConfig, banks: list[str], base: str) -> Path:
+    """Write the adapter to OUTPUT_DIR/lora, whole or not at all, and return that."""
     weights = get_peft_model_state_dict(unet)
     if config.save_dtype == "fp16":
         weights = {name: value.half() for name, value in weights.items()}
@@ -103,10 +103,10 @@ def save_adapter(unet, config: LoraTrainConfig, banks: list[str]) -> None:
     def write(folder: Path) -> None:
         metadata = unet.peft_config["default"].to_dict()
         VisBioPipeline.save_lora_weights(folder, unet_lora_layers=weights, unet_lora_adapter_metadata=metadata)
-        write_results({**environment(), "config": asdict(config), "caption_banks": banks}, folder / "training.json")
-        hub.complete(folder, Path(config.output_dir).resolve().name)
+        record = {**environment(), "config": asdict(config), "caption_banks": banks, "base_model": base}
+        write_results(record, folder / "training.json")
 
-    save_folder(Path(config.output_dir, "lora"), write)
+    return save_folder(Path(config.output_dir, "lora"), write)
 
 
 def main(config: LoraTrainConfig) -> int:
@@ -114,7 +114,7 @@ def main(config: LoraTrainConfig) -> int:
     accelerator = make_accelerator(config)
     repo_id = hub.repo_of_training(config, accelerator.is_main_process)
     base = config.pretrained_model_name_or_path
-    pipe, _ = load_pipeline(None if base == DEFAULT_MODEL else base, "cpu")
+    pipe, facts = load_pipeline(None if base == DEFAULT_MODEL else base, "cpu")
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     channels = pipe.unet.config.in_channels
     images = load_captioned_images(accelerator, config, channels, pipe.text_encoder.float(), pipe.tokenizer)
@@ -141,8 +141,7 @@ def main(config: LoraTrainConfig) -> int:
     if accelerator.is_main_process and not result.signum:
         if ema:
             ema.copy_to(adapter)
-        save_adapter(unet, config, images.banks)
-        hub.publish_training(Path(config.output_dir, "lora"), repo_id)
+        hub.finish_training(save_adapter(unet, config, images.banks, facts["model"]), config, repo_id)
     accelerator.end_training()
     return result.signum
 

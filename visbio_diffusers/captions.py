@@ -62,14 +62,21 @@ class CaptionBank:
         """The classes in label order."""
         return tuple(words.name for words in self.classes)
 
-    def caption(self, label: int | Sequence[int], rng: np.random.Generator, subtype: str | None = None) -> str:
+    def caption(
+        self,
+        label: int | Sequence[int],
+        rng: np.random.Generator,
+        subtype: str | None = None,
+        subtype_share: float = 0.5,
+    ) -> str:
         """Draw one training caption.
 
         Args:
             label (`int` or 0/1 vector of shape `(num_classes,)`): the class, or the findings of a multi-label set.
             rng (`np.random.Generator`): the source of all choices.
-            subtype (`str`, *optional*): half of the captions then use the subtype's own words, half those of the
+            subtype (`str`, *optional*): part of the captions then use the subtype's own words, the rest those of the
                 class; None allows every subtype, the name of the class itself none.
+            subtype_share (`float`): that part.
 
         Raises:
             ValueError: for a label outside the bank or an unknown subtype.
@@ -77,7 +84,7 @@ class CaptionBank:
         findings = self._findings(label)
         while True:
             if len(findings) == 1:
-                phrase, loose = findings[0].choose(rng, subtype).phrase(rng)
+                phrase, loose = findings[0].choose(rng, subtype, subtype_share).phrase(rng)
             else:
                 order = rng.permutation(len(findings))
                 phrase, loose = join([realise(pick(findings[i].synonyms, rng), rng) for i in order], rng), False
@@ -88,21 +95,31 @@ class CaptionBank:
             if not any(heldout in folded for words in findings for heldout in words.folded_heldout):
                 return text
 
-    def pool(self, label: int | Sequence[int], size: int, seed: int, subtype: str | None = None) -> list[str]:
+    def pool(
+        self,
+        label: int | Sequence[int],
+        size: int,
+        seed: int,
+        subtype: str | None = None,
+        subtype_share: float = 0.5,
+    ) -> list[str]:
         """Draw `size` distinct training captions, or as many as the bank has; equal arguments give equal lists."""
         labels = np.atleast_1d(label).astype(int)
         rng = np.random.default_rng([seed, zlib.crc32((subtype or "").encode()), *labels])
         captions: dict[str, None] = {}
         stale = 0
         while len(captions) < size and stale < _STALE_DRAWS:
-            caption = self.caption(label, rng, subtype)
+            caption = self.caption(label, rng, subtype, subtype_share)
             stale = stale + 1 if caption in captions else 0
             captions[caption] = None
         return list(captions)
 
-    def plain_caption(self, label: int | Sequence[int]) -> str:
-        """Return the plainest prompt, such as "a microscopy image of a monocyte"."""
-        names = [words.noun_phrase(words.prompt) for words in self._findings(label)]
+    def plain_caption(self, label: int | Sequence[int], subtype: str | None = None) -> str:
+        """Return the plainest prompt, such as "a microscopy image of a monocyte", or that of a subtype of a class."""
+        findings = self._findings(label)
+        names = [
+            words.noun_phrase(words.prompt) for words in ([findings[0].subtypes[subtype]] if subtype else findings)
+        ]
         return fit_articles(self.plain.replace("{}", _enumerate(names)))
 
     def heldout_captions(self, label: int | Sequence[int]) -> list[str]:

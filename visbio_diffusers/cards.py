@@ -8,17 +8,20 @@ head. Added are how it was trained (training.json), what was measured (results.j
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from visbio_diffusers.data import list_datasets
 from visbio_diffusers.evaluation.report import cell, render_card_results
-from visbio_diffusers.load import LORA_WEIGHTS
+from visbio_diffusers.load import DEFAULT_MODEL, LORA_WEIGHTS
 
 
 ABOUT, CARD, TRAINING = "about.md", "README.md", "training.json"
+MEDMNIST = "albertvillanova/medmnist-v2"  # on the Hub
 DEFAULT_ABOUT = """---
+license: unknown
 tags: [biology, synthetic]
 ---
 
@@ -40,6 +43,7 @@ images show, and draws something else where it is asked for more. Not for diagno
 {licences}
 """
 ENCODER_ABOUT = """---
+license: unknown
 tags: [biology]
 library_name: transformers
 pipeline_tag: feature-extraction
@@ -60,9 +64,9 @@ import visbio_diffusers  # or without it: from_pretrained(..., custom_pipeline="
 
 pipe = DiffusionPipeline.from_pretrained("{repo}")
 image = pipe({prompt}).images[0]"""
-USE_ADAPTER = """from visbio_diffusers import VisBioPipeline
+USE_ADAPTER = """from visbio_diffusers import VisBioPipeline{import}
 
-pipe = VisBioPipeline.from_pretrained("{base}")
+pipe = VisBioPipeline.from_pretrained({base})
 pipe.load_lora_weights("{repo}")
 image = pipe({prompt}).images[0]"""
 LOOKS = {
@@ -80,6 +84,13 @@ def is_adapter(folder: Path) -> bool:
 def has_index(folder: Path) -> bool:
     """Return whether a folder holds a pipeline."""
     return (folder / "model_index.json").is_file()
+
+
+def base_of(folder: Path) -> str | None:
+    """Return the model that an adapter was trained on, as it was named; None for the one that comes in the package."""
+    base = _read(folder / TRAINING).get("config", {}).get("pretrained_model_name_or_path")
+    ours = not base or base == DEFAULT_MODEL or Path(base).parts[-2:] == ("model_cards", DEFAULT_MODEL)
+    return None if ours else base
 
 
 def render_card(folder: Path, repo: str | None = None) -> str:
@@ -120,16 +131,18 @@ def _read(file: Path) -> dict:
 def _default_about(folder: Path, training: dict, name: str) -> str:
     if not training:
         raise OSError(f"{folder} has neither {TRAINING} nor {ABOUT} to make a card of")
-    config = training["config"]
+    config = training.get("config", {})
     if not is_adapter(folder) and not has_index(folder):
         texts = [Path(text).stem for text in config.get("corpus", [])]
-        banks = " and ".join(config["caption_banks"])
+        banks = " and ".join(config.get("caption_banks", [])) or "its own"
         return ENCODER_ABOUT.format(name=name, data=banks, texts=" and ".join(texts) or "no other texts")
     adapter = is_adapter(folder)
     sets = {Path(each).stem: licence_of(Path(each).stem) for each in config.get("dataset_name", [])}
     prompts = config.get("validation_prompts") or ["a microscopy image"]
     use = (USE_ADAPTER if adapter else USE_PIPELINE).replace("{prompt}", json.dumps(prompts[0], ensure_ascii=False))
-    use = use.replace("{base}", str(config.get("pretrained_model_name_or_path")))
+    base = base_of(folder)
+    use = use.replace("{import}", "" if base else ", default_model")
+    use = use.replace("{base}", json.dumps(base) if base else "default_model()")
     licences = "; ".join(f"{each}: {licence or 'licence unknown'}" for each, licence in sets.items())
     return DEFAULT_ABOUT.format(
         name=name,
@@ -149,7 +162,7 @@ def licence_of(dataset: str) -> str | None:
 def training_text(folder: Path, training: dict) -> str:
     """Return the command, the versions and the machine of the training, its notes, and the size of the weights."""
     lines = []
-    if training:
+    if {"versions", "hardware", "git", "command"} <= set(training):
         versions = ", ".join(f"{name} {number}" for name, number in training["versions"].items())
         hardware = training["hardware"]["gpu"] or f"CPU, {training['hardware']['cpu']}"
         git = training["git"] or {}
@@ -182,8 +195,10 @@ def card_data(folder: Path, given: dict, training: dict, results: dict, name: st
     facts = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "language": "en"} | given
     if is_adapter(folder):
         facts["tags"] = [*facts.get("tags", []), "lora"]
-        base = training.get("config", {}).get("pretrained_model_name_or_path", "")
-        facts.setdefault("base_model", Path(base).name if Path(base).is_dir() else base)
+        if "/" in training.get("base_model", ""):  # a Hub id
+            facts.setdefault("base_model", training["base_model"])
+    if any(map(licence_of, training.get("config", {}).get("dataset_name", []))):
+        facts.setdefault("datasets", [MEDMNIST])
     return ModelCardData(**facts | {"model_name": name, "eval_results": eval_results(results) or None})
 
 
@@ -202,7 +217,7 @@ def eval_results(results: dict) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="text-to-image",
-            dataset_type=results["dataset"],
+            dataset_type=re.sub(r"[^\w.-]+", "-", results["dataset"]),
             dataset_name=results["dataset"],
             dataset_split=results["split"]["reference"],
             metric_type=kind,

@@ -22,11 +22,11 @@ from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from visbio_diffusers.bundle import bundle
 from visbio_diffusers.captions import BANK_FOLDER, load_bank
-from visbio_diffusers.cards import ABOUT, CARD, TRAINING, has_index, is_adapter, render_card
+from visbio_diffusers.cards import ABOUT, CARD, TRAINING, base_of, has_index, is_adapter, render_card
 from visbio_diffusers.checkpoints import MANIFEST
 from visbio_diffusers.files import one_line, whole_file
 from visbio_diffusers.generate import LabelledSet, generate_grid, generate_prompts, open_studio
-from visbio_diffusers.load import HUB_ERRORS, load_pipeline, stored_dtype
+from visbio_diffusers.load import HUB_ERRORS, find_model, load_pipeline, stored_dtype
 
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ TRY_ADAPTER = """
 import sys
 from visbio_diffusers.load import load_pipeline
 
-pipe, _ = load_pipeline(sys.argv[1] or None, "cpu", lora=sys.argv[2])
+pipe, _ = load_pipeline(sys.argv[2], "cpu", lora=sys.argv[1])
 pipe("a cell", num_inference_steps=2)
 """
 TRY_ENCODER = """
@@ -197,19 +197,19 @@ def check_repo(folder: Path, variant: str | None = None) -> None:
 
     Raises:
         ValueError: if it does not load, or the two draw different images from one seed.
+        OSError: if the model that an adapter was made for is neither here nor on the Hub.
     """
     if is_adapter(folder):
-        record = json.loads((folder / TRAINING).read_text(encoding="utf-8"))
-        base = record["config"]["pretrained_model_name_or_path"]
-        _try(TRY_ADAPTER, base if Path(base).is_dir() or "/" in base else "", str(folder))
+        base, _ = find_model(base_of(folder))
+        _try(TRY_ADAPTER, str(folder), str(base))
         return
     if not has_index(folder):
         _try(TRY_ENCODER, str(folder))
         return
-    ways = [("package",), *([("package", variant)] if variant else [])]
-    ways += [("code",)] if code_of(folder) else []
-    drawn = {way: _try(TRY_PIPELINE, str(folder), *way) for way in ways}
-    if drawn[ways[-1]] != drawn["package",]:
+    drawn = _try(TRY_PIPELINE, str(folder), "package")
+    if variant:
+        _try(TRY_PIPELINE, str(folder), "package", variant)
+    if code_of(folder) and _try(TRY_PIPELINE, str(folder), "code") != drawn:
         raise ValueError(f"{folder} draws other images by its own code than by visbio_diffusers")
 
 
@@ -221,7 +221,7 @@ def _try(code: str, *arguments: str) -> str:
         done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["it was killed"])[-1]
-        raise ValueError(f"{arguments[-1] if code is TRY_ADAPTER else arguments[0]} does not load: {reason}")
+        raise ValueError(f"{arguments[0]} does not load: {reason}")
     return done.stdout.strip()
 
 
@@ -240,11 +240,12 @@ def upload(
         message (`str`, *optional*): of the commit.
 
     Raises:
+        ValueError: if the Hub refuses the metadata of the card.
         OSError: if the Hub cannot be reached or refuses it.
     """
     api = HfApi()
     try:
-        if revision and not create_pr:
+        if revision and not create_pr and not revision.startswith("refs/"):  # of a pull request that is there
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         info = api.upload_folder(
             repo_id=repo_id,
@@ -254,6 +255,8 @@ def upload(
             commit_message=message or "Upload with visbio_diffusers",
             delete_patterns=["*.safetensors", "*.safetensors.index*.json"] if has_index(folder) else None,
         )
+    except ValueError as error:
+        raise ValueError(f"{one_line(error)} (the metadata at the head of {CARD} come from {ABOUT})") from error
     except (RuntimeError, *HUB_ERRORS) as error:  # which of a file that did not arrive is the cause of a RuntimeError
         raise _unreachable(error.__cause__ or error) from error
     return str(info.pr_url or info.commit_url)
@@ -282,12 +285,13 @@ def repo_of_training(config, is_main_process: bool) -> str:
     return open_repo(config.hub_model_id or Path(config.output_dir).resolve().name, config.hub_private_repo)
 
 
-def publish_training(folder: Path, repo_id: str) -> None:
-    """Publish what a training has written to the repo of [`repo_of_training`]; nothing for an empty one.
+def finish_training(folder: Path, config, repo_id: str) -> None:
+    """Write the card of what a training has made, and publish it to the repo of [`repo_of_training`] if there is one.
 
     Raises:
         OSError: if that fails; the message says that the training is safe, and the command that tries again.
     """
+    complete(folder, Path(config.output_dir).resolve().name)
     if not repo_id:
         return
     try:
@@ -303,4 +307,7 @@ def publish_training(folder: Path, repo_id: str) -> None:
 def _unreachable(error: Exception) -> OSError:
     if isinstance(error, OfflineModeIsEnabled):
         return OSError("HF_HUB_OFFLINE is set: unset it to reach the Hub")
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (400, 401, 403, 404, 413, 422):
+        return OSError(f"the Hub refused it ({one_line(error)}): mend that, then the same command goes on")
     return OSError(f"the Hub did not take it ({one_line(error)}): try the same command again, nothing is lost")

@@ -13,6 +13,7 @@ import transformers
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from safetensors import SafetensorError, safe_open
+from transformers import AutoModel, AutoTokenizer
 
 from visbio_diffusers import VisBioPipeline
 from visbio_diffusers.files import digest, one_line
@@ -22,6 +23,7 @@ DEFAULT_MODEL = "visbio-blood-28"
 # HfHubHTTPError is one of them and one of its HTTP library, whose name depends on the version: no connection is that.
 HUB_ERRORS = (OSError, *HfHubHTTPError.__bases__)
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
+MIN_VOCABULARY = 100  # without its files a tokenizer loads silently, with its special tokens alone
 
 
 def default_model() -> Path:
@@ -67,7 +69,7 @@ def load_pipeline(
         OSError: if the Hub cannot be reached.
     """
     device = check_device(device)
-    folder, name = _find(model)
+    folder, name = find_model(model)
     try:
         _check_parts(folder)
         denoiser = "unet" if (folder / "unet").is_dir() else "transformer"  # of other pipelines of Diffusers
@@ -77,7 +79,7 @@ def load_pipeline(
                 f"its {denoiser} has no .safetensors weights, and others, which can run code, are not loaded"
             )
         model_sha256 = digest(*weights)
-        with _no_bars():
+        with quiet_loading():
             pipe = _load(folder, getattr(torch, dtype))
     except (OSError, TypeError, ValueError, SafetensorError) as error:  # TypeError: of a tokenizer without its file
         raise ValueError(f"cannot load the model {folder} ({one_line(error)}): get a whole copy of it") from error
@@ -91,7 +93,7 @@ def _add_lora(pipe: VisBioPipeline, lora: str, scale: float, facts: dict[str, st
     if place.is_file():
         folder, name, file = place.parent, place.name, place
     else:
-        folder = place if place.is_dir() else _download_lora(lora)
+        folder = place if place.is_dir() else download_files(lora, [LORA_WEIGHTS, "training.json"], "adapter")
         name = LORA_WEIGHTS
         file = folder / name
     if not file.is_file() or file.suffix != ".safetensors":
@@ -108,26 +110,37 @@ def _add_lora(pipe: VisBioPipeline, lora: str, scale: float, facts: dict[str, st
     return {"lora": named, "lora_sha256": digest(file), "lora_scale": f"{scale:g}", **recorded}
 
 
-def _download_lora(lora: str) -> Path:
-    if lora.count("/") != 1 or lora.startswith((".", "~", "/")):
-        raise FileNotFoundError(f"no adapter {lora}: give a folder with {LORA_WEIGHTS}, a file, or a Hub id")
+def download_files(name: str, patterns: list[str], kind: str) -> Path:
+    """Return the folder with the files of a Hub repo that fit `patterns`, downloaded if need be.
+
+    Raises:
+        FileNotFoundError: if `name` is no Hub id; the message calls it a `kind`.
+        OSError: if the Hub cannot be reached, or has no such repo.
+    """
+    if name.count("/") != 1 or name.startswith((".", "~", "/")):
+        raise FileNotFoundError(f"no {kind} {name}: give its folder, or a Hub id owner/name")
     try:
-        with _no_bars():
-            return Path(snapshot_download(lora, allow_patterns=["*.safetensors", "*.json"]))
+        with quiet_loading():
+            return Path(snapshot_download(name, allow_patterns=patterns))
     except (ValueError, *HUB_ERRORS) as error:
-        raise OSError(f"no adapter {lora} here, nor within reach on the Hub: {one_line(error)}") from error
+        raise OSError(f"no {kind} {name} here, nor within reach on the Hub: {one_line(error)}") from error
 
 
 def training_sets(model: str | None = None, lora: str | None = None) -> list[str]:
     """Return the names of the sets that a pipeline, and its adapter in a folder, were trained on, where recorded."""
-    folders = [_find(model)[0], *([Path(lora).expanduser()] if lora else [])]
+    folders = [find_model(model)[0], *([Path(lora).expanduser()] if lora else [])]
     files = [folder / "training.json" for folder in folders]
     records = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
     return [name for record in records for name in record.get("config", {}).get("dataset_name", [])]
 
 
-def _find(model: str | None) -> tuple[Path, str]:
-    """Return the folder of a model, downloaded if need be, and its name."""
+def find_model(model: str | None) -> tuple[Path, str]:
+    """Return the folder of a model, downloaded if need be, and its name.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        OSError: if the Hub cannot be reached, or has no such model.
+    """
     if model is None:
         return default_model(), DEFAULT_MODEL
     folder = Path(model).expanduser()
@@ -136,7 +149,7 @@ def _find(model: str | None) -> tuple[Path, str]:
     if folder.exists() or folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
         raise FileNotFoundError(f"no model folder {model}: give a saved pipeline, or a Hub id owner/name")
     try:
-        with _no_bars():
+        with quiet_loading():
             folder = Path(VisBioPipeline.download(model))
             with suppress(EntryNotFoundError):  # which Diffusers does not download
                 hf_hub_download(model, "training.json", revision=folder.name)
@@ -166,6 +179,22 @@ def _load(folder: Path, dtype: torch.dtype) -> VisBioPipeline:
         raise ValueError("its tokenizer has no words")
     pipe.text_encoder.to(dtype)
     return pipe
+
+
+def load_text_encoder(name: str):
+    """Return a text encoder in float32 and its tokenizer, of a BERT or of a pipeline: a folder, or a Hub id.
+
+    Raises:
+        ValueError: if it has no vocabulary.
+        OSError: if it is neither here nor on the Hub.
+    """
+    source = str(default_model()) if name == DEFAULT_MODEL else name
+    parts = ("text_encoder", "tokenizer") if Path(source, "model_index.json").exists() else ("", "")
+    text_encoder = AutoModel.from_pretrained(source, subfolder=parts[0], dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(source, subfolder=parts[1])
+    if len(tokenizer) < MIN_VOCABULARY:
+        raise ValueError(f"{name} has no vocabulary: name a folder that holds the tokenizer's files too")
+    return text_encoder, tokenizer
 
 
 def main_weights(folder: Path) -> list[Path]:
@@ -203,7 +232,7 @@ def check_device(device: str | None) -> str:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Switch off the libraries' progress bars over the parts of a model, which take less than a second."""
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()

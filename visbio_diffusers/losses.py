@@ -1,6 +1,7 @@
 """Losses: tensors in, scalar out."""
 
 import torch
+import torch.nn.functional as F
 
 
 def stratified_timesteps(batch_size, num_train_timesteps, device=None):
@@ -74,3 +75,46 @@ def diffusion_loss(model, scheduler, pixel_values, encoder_hidden_states, encode
     text = encoder_hidden_states, encoder_attention_mask
     loss = denoising_errors(model, scheduler, pixel_values, noise, timesteps, *text)
     return loss.mean() if weights is None else (loss * weights.to(loss)[timesteps]).mean()
+
+
+def contrastive_loss(image_embeds, text_embeds, logit_scale, matching=None):
+    """Return the CLIP loss with several right answers, a scalar `torch.Tensor`.
+
+    Each matching pair of image and caption is told from those that do not match, in the row of the image and in the
+    column of the caption; other matching pairs count neither for nor against it. With none but the diagonal this is
+    the loss of `transformers.CLIPModel`.
+
+    Args:
+        image_embeds, text_embeds (`torch.Tensor` of shape `(n, width)`): of length 1.
+        logit_scale (`torch.Tensor` or `float`): factor of the cosines, the inverse of the temperature.
+        matching (`torch.Tensor` of shape `(n, n)`, *optional*): bool, whether caption j fits image i; the diagonal
+            must be True. By default only that.
+
+    Source: Radford et al. 2021, Learning Transferable Visual Models From Natural Language Supervision.
+    """
+    logits = logit_scale * image_embeds @ text_embeds.T
+    if matching is None:
+        matching = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    return (_find_among(logits, matching) + _find_among(logits.T, matching.T)) / 2
+
+
+def _find_among(logits, matching):
+    others = logits.masked_fill(matching, torch.finfo(logits.dtype).min / 2).logsumexp(dim=1, keepdim=True)
+    losses = F.softplus(others - logits) * matching
+    return (losses.sum(dim=1) / matching.sum(dim=1)).mean()
+
+
+def sigmoid_contrastive_loss(image_embeds, text_embeds, logit_scale, logit_bias, matching=None):
+    """Return the SigLIP loss, in which each pair of image and caption is judged by itself, a scalar `torch.Tensor`.
+
+    Args:
+        image_embeds, text_embeds, logit_scale, matching: see [`contrastive_loss`].
+        logit_bias (`torch.Tensor` or `float`): added to the logits.
+
+    Source: Zhai et al. 2023, Sigmoid Loss for Language Image Pre-Training, section 3.2.
+    """
+    logits = logit_scale * image_embeds @ text_embeds.T + logit_bias
+    if matching is None:
+        matching = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    signs = matching.to(logits.dtype) * 2 - 1
+    return F.softplus(-signs * logits).sum() / len(logits)

@@ -6,14 +6,15 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from accelerate import Accelerator
 
 from visbio_diffusers.captions import load_bank
-from visbio_diffusers.config import TrainConfig, flag
-from visbio_diffusers.data import ImageDataset, caption_pools, load_image_dataset, training_batches
+from visbio_diffusers.config import flag
+from visbio_diffusers.data import ImageDataset, caption_pools, training_batches
+from visbio_diffusers.image_sets import ImageSetsConfig, load_image_sets
 from visbio_diffusers.losses import diffusion_loss, snr_weights
 from visbio_diffusers.text import EmbeddingCache
 
@@ -22,26 +23,9 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionedImagesConfig(TrainConfig):
-    """Settings of a training on captioned images."""
+class CaptionedImagesConfig(ImageSetsConfig):
+    """Settings of the training of a text-to-image model."""
 
-    dataset_name: list[str] = field(
-        default_factory=list,
-        metadata={"help": "MedMNIST flags, .npz, image folders, .parquet or Hub sets; several are mixed"},
-    )
-    train_data_dir: str = flag("", "an image folder, as one more (or the only) data set")
-    dataset_weights: list[float] = field(default_factory=list, metadata={"help": "share of each set; default by size"})
-    image_column: str = flag("image", "column of the images")
-    caption_column: str = flag("text", "column of the captions")
-    label_column: str = flag("label", "column of the class labels")
-    caption_bank: str = flag("", "bank (name or .yaml) that turns labels into captions")
-    captions_per_class: int = flag(2048, "distinct captions of each class and subtype")
-    resolution: int = flag(28, "side of the images in pixels")
-    tile_size: int = flag(64, "side of the tiles cut from photographs in Cellpose's layout, in their pixels")
-    max_train_samples: int = flag(0, "use so many images of each set; 0 uses all")
-    random_flip: Literal["none", "horizontal", "dihedral"] = flag(
-        "none", "dihedral adds turns by 90 degrees: for images without an upright position"
-    )
     caption_dropout: float = flag(0.1, "share of empty captions, which guidance needs")
     snr_gamma: float = flag(0.0, "gamma of the min-SNR loss weight with a floor; 0 is off")
     validation_prompts: list[str] = field(
@@ -49,20 +33,12 @@ class CaptionedImagesConfig(TrainConfig):
     )
     num_validation_images: int = flag(4, "images of each validation prompt")
     validation_steps: int = flag(500, "draw every so many optimizer steps; 0 is never")
-    save_dtype: Literal["fp32", "fp16"] = flag("fp16", "dtype of the weights written")
 
     def __post_init__(self) -> None:
         """Check the settings of the images too."""
         super().__post_init__()
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout must be in [0, 1), got {self.caption_dropout}")
-        if not self.datasets:
-            raise ValueError("nothing to train on: give --dataset_name, e.g. bloodmnist, or --train_data_dir")
-
-    @property
-    def datasets(self) -> list[str]:
-        """Names of all data sets."""
-        return [*self.dataset_name, self.train_data_dir] if self.train_data_dir else self.dataset_name
 
 
 class CaptionedImages(NamedTuple):
@@ -88,20 +64,7 @@ def load_captioned_images(
         ValueError: for sets without captions, images that cannot be read, and what [`load_image_dataset`] refuses.
         OSError: if a set cannot be downloaded, or the cache not written.
     """
-    datasets = [
-        load_image_dataset(
-            name,
-            resolution=config.resolution,
-            channels=channels,
-            image_column=config.image_column,
-            caption_column=config.caption_column,
-            label_column=config.label_column,
-            caption_bank=config.caption_bank or None,
-            max_samples=config.max_train_samples or None,
-            tile_size=config.tile_size,
-        )
-        for name in config.datasets
-    ]
+    datasets = load_image_sets(config, channels)
     caption_fn, captions = caption_pools(datasets, config.captions_per_class, config.seed)
     prompts = config.validation_prompts or _plain_captions(datasets)
     text_encoder.to(accelerator.device)

@@ -80,8 +80,8 @@ class ClassWords:
         """Return `noun` with an article where the class is countable."""
         return f"a {noun}" if self.countable else noun
 
-    def choose(self, rng: np.random.Generator, subtype: str | None) -> "ClassWords":
-        """Return these words or, half of the time, those of `subtype` (of any subtype where it is None).
+    def choose(self, rng: np.random.Generator, subtype: str | None, subtype_share: float = 0.5) -> "ClassWords":
+        """Return these words or, in `subtype_share` of the cases, those of `subtype` (of any where it is None).
 
         Raises:
             ValueError: for an unknown subtype.
@@ -95,7 +95,7 @@ class ClassWords:
         else:
             nearest = difflib.get_close_matches(subtype, (*self.subtypes, self.prompt), n=1, cutoff=0.0)[0]
             raise ValueError(f"'{self.name}' has no subtype '{subtype}': did you mean '{nearest}'?")
-        return pick(candidates, rng) if candidates and rng.random() < 0.5 else self
+        return pick(candidates, rng) if candidates and rng.random() < subtype_share else self
 
     def phrase(self, rng: np.random.Generator) -> tuple[str, bool]:
         """Return a phrase about the class and whether it is loose, that is, more or other than a noun phrase."""

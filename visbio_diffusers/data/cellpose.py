@@ -99,7 +99,7 @@ def find_pairs(folder: Path) -> list[Pair]:
     """Return the photographs of a folder with their masks, by name.
 
     Raises:
-        ValueError: if masks have no photograph, or are pickled.
+        ValueError: if masks have no photograph.
     """
     photographs = {path.name.partition(PHOTOGRAPH)[0]: path for path in folder.glob(f"*{PHOTOGRAPH}*")}
     pairs = []
@@ -114,8 +114,10 @@ def find_pairs(folder: Path) -> list[Pair]:
 def cut_tiles(pair: Pair, tile_size: int, resolution: int) -> list[tuple[np.ndarray, Content]]:
     """Return the tiles of a photograph that show an object: uint8 `(resolution, resolution, 3)`, and its content."""
     with Image.open(pair.image) as image, Image.open(pair.masks) as opened:
-        grey = image.mode.startswith(("I", "L"))  # also of 16 bits
-        pixels, masks = np.asarray(image if grey else image.convert("RGB")), np.asarray(opened)
+        mode = image.mode if image.mode.startswith("I") else "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+        pixels, masks = np.asarray(image.convert(mode)), np.asarray(opened)  # I is of 16 bits
+    if masks.ndim != 2:
+        raise ValueError(f"{pair.masks} is a colour image (mode {opened.mode}): masks are grey, 0 and 1 to N")
     if pixels.shape[:2] != masks.shape[:2]:
         raise ValueError(f"{pair.masks} has {masks.shape[:2]} pixels, its photograph {pixels.shape[:2]}")
     if min(masks.shape) < tile_size:

@@ -112,7 +112,7 @@ class _Batches(torch.utils.data.Dataset):
     def __getitem__(self, number: int) -> dict[str, Any]:
         first = (number * self.world_size + self.rank) * self.batch_size
         samples = map(self._sample, range(first, first + self.batch_size))
-        images, labels, captions, orientations = zip(*samples, strict=True)
+        images, labels, captions, orientations, sources = zip(*samples, strict=True)
         sizes = {image.shape[:2] for image in images}
         if len(sizes) > 1:
             raise ValueError(f"images of sizes {sorted(sizes)} do not fit into one batch: give a resolution")
@@ -122,15 +122,17 @@ class _Batches(torch.utils.data.Dataset):
             "pixel_values": pixel_values.div_(127.5).sub_(1.0),  # (batch, channels, height, width)
             "captions": list(captions),
             "labels": list(labels),
+            "sources": list(sources),
         }
 
-    def _sample(self, position: int) -> tuple[np.ndarray, Any, str, int]:
+    def _sample(self, position: int) -> tuple[np.ndarray, Any, str, int, tuple[int, int]]:
         dataset_index, index = self.sampler.locate(position)
-        item = self.datasets[dataset_index][index]
+        item = {**self.datasets[dataset_index][index], "index": index}
         self.rng_state["state"]["counter"][2] = position
         self.rng.bit_generator.state = self.rng_state
         orientation = int(self.rng.integers(8))  # drawn in any case, so that captions do not depend on the flips
-        return item["image"], item["label"], self.caption_fn(dataset_index, item, self.rng), orientation
+        caption = self.caption_fn(dataset_index, item, self.rng)
+        return item["image"], item["label"], caption, orientation, (dataset_index, index)
 
 
 def flip_images(images: np.ndarray, orientations: np.ndarray, random_flip: str) -> np.ndarray:
@@ -170,7 +172,8 @@ def training_batches(
     Args:
         datasets (`Sequence[ImageDataset]`): images of one size.
         weights (`Sequence[float]`, *optional*): share of each set; default is by length.
-        caption_fn (`Callable`): `(index of the set, item, numpy generator) -> str`, see `caption_pools`.
+        caption_fn (`Callable`): `(index of the set, item, numpy generator) -> str`, see `caption_pools`; the item is
+            that of the set, with its `index`.
         batch_size (`int`): samples per process and micro-batch.
         seed (`int`): of order, flips and captions.
         start (`int`): number of micro-batches that each process has already had.
@@ -181,7 +184,7 @@ def training_batches(
 
     Returns:
         dictionaries of `pixel_values` (float32 of shape `(batch, channels, height, width)` in [-1, 1]), `captions`
-        (`list[str]`) and `labels` (`list`).
+        (`list[str]`), `labels` (`list`) and `sources` (`list` of index of the set and index in it).
 
     Raises:
         ValueError: for weights that do not fit, unknown flips, or (from the iterator) images of different sizes.

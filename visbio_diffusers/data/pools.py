@@ -35,12 +35,12 @@ def caption_pools(datasets: Sequence[ImageDataset], size: int, seed: int) -> tup
             bank = load_bank(dataset.bank)
             count = size if dataset.labels.ndim == 1 else min(size, MULTI_LABEL_SIZE)
             subtypes = dataset.subtypes or [None] * len(dataset)
-            for label, subtype in dict.fromkeys(zip(map(_key, dataset.labels), subtypes)):
+            for label, subtype in dict.fromkeys(zip(map(label_key, dataset.labels), subtypes)):
                 pools[index, label, subtype] = bank.pool(label, count, seed, subtype=subtype)
         elif dataset.captions is not None:
             captions.update(dict.fromkeys(dataset.captions))
         elif dataset.class_names is not None:
-            pools.update({(index, k, None): [_plain(name)] for k, name in enumerate(dataset.class_names)})
+            pools.update({(index, k, None): [plain_caption(name)] for k, name in enumerate(dataset.class_names)})
         else:
             raise ValueError(f"{dataset.name} has no captions: choose with --caption_column, or give a --caption_bank")
     for pool in pools.values():
@@ -51,13 +51,15 @@ def caption_pools(datasets: Sequence[ImageDataset], size: int, seed: int) -> tup
 
 def _caption(pools: dict[Any, list[str]], dataset_index: int, item: dict[str, Any], rng: np.random.Generator) -> str:
     """Return a caption of the pool of an item, or else its own; a function of the module, as worker processes need."""
-    pool = pools.get((dataset_index, _key(item["label"]), item["subtype"])) if item["label"] is not None else None
+    pool = pools.get((dataset_index, label_key(item["label"]), item["subtype"])) if item["label"] is not None else None
     return item["caption"] if pool is None else pool[int(rng.integers(len(pool)))]
 
 
-def _key(label: Any) -> int | tuple[int, ...]:
+def label_key(label: Any) -> int | tuple[int, ...]:
+    """Return a label, or a vector of findings, as what a dict can look up."""
     return int(label) if np.ndim(label) == 0 else tuple(int(value) for value in label)
 
 
-def _plain(class_name: str) -> str:
+def plain_caption(class_name: str) -> str:
+    """Return the one caption of a class of which only the name is known."""
     return f"a microscopy image of {class_name}"

@@ -200,8 +200,9 @@ class VisBioUNet(SafetensorsMixin, ModelMixin, AttentionMixin, ConfigMixin, Peft
         weights = weights if isinstance(weights, list) else [weights] * len(names)
         if len(weights) != len(names):
             raise ValueError(f"got {len(weights)} weights for {len(names)} adapters: give one for each")
-        layers = [name for name, module in self.named_modules() if hasattr(module, "lora_A")]
-        scales = [layer_scales(layers, 1.0 if weight is None else weight) for weight in weights]
+        modules = dict(self.named_modules())
+        layers = [name for name, module in modules.items() if hasattr(module, "base_layer")]  # adapted by PEFT
+        scales = [layer_scales(layers, 1.0 if weight is None else weight, modules) for weight in weights]
         set_weights_and_activate_adapters(self, names, scales)
 
     # Diffusers' caches look for `transformer_blocks` among the children of what they are enabled on

@@ -1,0 +1,147 @@
+"""A trained dual encoder of images and texts: `transformers.VisionTextDualEncoderModel`, processor and calibration.
+
+Such a folder or Hub repo loads with transformers alone; `calibration.json` beside it is our own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError
+from transformers import AutoProcessor, VisionTextDualEncoderModel
+
+from visbio_diffusers.data import fit_image
+from visbio_diffusers.files import digest, one_line
+from visbio_diffusers.load import check_device, download_files, main_weights, quiet_loading
+
+
+CALIBRATION = "calibration.json"
+UNKNOWN_SHARE = 0.02  # of validation images fall below the threshold
+
+
+class Calibration(NamedTuple):
+    """How cosines become probabilities, fitted on validation images.
+
+    Args:
+        scale (`float`): factor of the cosines before the softmax, the inverse of the temperature.
+        threshold (`float`): highest cosine of an image below which none of the captions fits it.
+    """
+
+    scale: float
+    threshold: float
+
+
+def calibrate(similarities: torch.Tensor, labels: torch.Tensor) -> Calibration:
+    """Fit the calibration to validation images.
+
+    Args:
+        similarities (`torch.Tensor` of shape `(n, classes)`): cosine of each image and each class.
+        labels (`torch.Tensor` of shape `(n,)`): right classes.
+
+    Returns:
+        the scale with the least cross-entropy, and the threshold that 0.02 of the images do not reach.
+
+    Source: Guo et al. 2017, On Calibration of Modern Neural Networks, section 4.2.
+    """
+    log_scale = torch.tensor(3.0, requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_scale], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(similarities * log_scale.exp(), labels)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    threshold = torch.quantile(similarities.max(dim=1).values, UNKNOWN_SHARE)
+    return Calibration(log_scale.exp().item(), threshold.item())
+
+
+class DualEncoder:
+    """Embeds images and texts as rows of length 1, whose product is their cosine.
+
+    Args:
+        model (`transformers.VisionTextDualEncoderModel`): in evaluation mode.
+        processor (`transformers.ProcessorMixin`): the model's own.
+        calibration (`Calibration`, *optional*): the model's own scale, and no threshold, where it has none.
+        name, sha256 (`str`): what it is, and the digest of its weights.
+    """
+
+    def __init__(self, model, processor, calibration: Calibration | None = None, name: str = "", sha256: str = ""):
+        """Keep the parts."""
+        self.model, self.processor, self.name, self.sha256 = model, processor, name, sha256
+        self.calibration = calibration or Calibration(model.logit_scale.exp().item(), -1.0)
+
+    @property
+    def resolution(self) -> int:
+        """Side of the images that it looks at, in pixels."""
+        size = self.processor.image_processor.size
+        return int(size.get("height") or size["shortest_edge"])
+
+    @torch.no_grad()
+    def embed_images(self, images: Sequence[np.ndarray | Image.Image], batch_size: int = 256) -> torch.Tensor:
+        """Return the rows `(n, width)`, float32 on the CPU, of 8-bit images of any sizes; a longer side is cropped."""
+        rows = []
+        for start in range(0, len(images), batch_size):
+            fitted = [fit_image(image, self.resolution) for image in images[start : start + batch_size]]
+            pixel_values = self.processor(images=fitted, return_tensors="pt")["pixel_values"]
+            rows.append(self.embed_pixels(pixel_values.to(self.model.device)).cpu())
+        return torch.cat(rows)
+
+    def embed_pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the rows of what the processor makes of images, `(n, channels, resolution, resolution)`."""
+        features = self.model.get_image_features(pixel_values=pixel_values.to(self.model.dtype)).pooler_output
+        return F.normalize(features.float(), dim=1)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str], batch_size: int = 256) -> torch.Tensor:
+        """Return the rows `(n, width)`, float32 on the CPU, of texts, cut to what the encoder takes."""
+        tokenizer, rows = self.processor.tokenizer, []
+        longest = min(tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
+        for start in range(0, len(texts), batch_size):
+            inputs = tokenizer(
+                list(texts[start : start + batch_size]), padding=True, truncation=True, max_length=longest,
+                return_tensors="pt",
+            ).to(self.model.device)  # fmt: skip
+            features = self.model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output
+            rows.append(F.normalize(features.float(), dim=1).cpu())
+        return torch.cat(rows)
+
+
+def load_dual_encoder(name: str, device: str | None = None) -> DualEncoder:
+    """Load a dual encoder.
+
+    Args:
+        name (`str`): a folder written by `save_pretrained`, or "owner/name" of a Hub repo.
+        device (`str`, *optional*): "cpu", "mps", "cuda" or "cuda:1"; default is the fastest there is.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if it is incomplete or damaged, or there is no such device.
+        OSError: if the Hub cannot be reached.
+    """
+    device = check_device(device)
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        folder = download_files(name, ["*.json", "*.txt", "*.safetensors"], "alignment model")
+    try:
+        weights = main_weights(folder)
+        if not weights:
+            raise OSError("it has no .safetensors weights, and others, which can run code, are not loaded")
+        with quiet_loading():
+            model = VisionTextDualEncoderModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+            processor = AutoProcessor.from_pretrained(folder)
+        file = folder / CALIBRATION
+        fitted = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        calibration = Calibration(fitted["scale"], fitted["threshold"]) if fitted else None
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"cannot load the alignment model {name} ({one_line(error)}): get a whole copy") from error
+    label = folder.resolve().name if Path(name).expanduser().is_dir() else name
+    return DualEncoder(model.eval().to(device), processor, calibration, label, digest(*weights))

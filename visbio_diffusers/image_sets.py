@@ -1,0 +1,68 @@
+"""Which images a training sees, and in which form: the settings that all trainings on images share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from visbio_diffusers.config import TrainConfig, flag
+from visbio_diffusers.data import ImageDataset, load_image_dataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSetsConfig(TrainConfig):
+    """Settings of a training on captioned images."""
+
+    dataset_name: list[str] = field(
+        default_factory=list,
+        metadata={"help": "MedMNIST flags, .npz, image folders, .parquet or Hub sets; several are mixed"},
+    )
+    train_data_dir: str = flag("", "an image folder, as one more (or the only) data set")
+    dataset_weights: list[float] = field(default_factory=list, metadata={"help": "share of each set; default by size"})
+    image_column: str = flag("image", "column of the images")
+    caption_column: str = flag("text", "column of the captions")
+    label_column: str = flag("label", "column of the class labels")
+    caption_bank: str = flag("", "bank (name or .yaml) that turns labels into captions")
+    captions_per_class: int = flag(2048, "distinct captions of each class and subtype")
+    resolution: int = flag(28, "side of the images in pixels")
+    tile_size: int = flag(64, "side of the tiles cut from photographs in Cellpose's layout, in their pixels")
+    max_train_samples: int = flag(0, "use so many images of each set; 0 uses all")
+    random_flip: Literal["none", "horizontal", "dihedral"] = flag(
+        "none", "dihedral adds turns by 90 degrees: for images without an upright position"
+    )
+    save_dtype: Literal["fp32", "fp16"] = flag("fp16", "dtype of the weights written")
+
+    def __post_init__(self) -> None:
+        """Check the sets too."""
+        super().__post_init__()
+        if not self.datasets:
+            raise ValueError("nothing to train on: give --dataset_name, e.g. bloodmnist, or --train_data_dir")
+
+    @property
+    def datasets(self) -> list[str]:
+        """Names of all data sets."""
+        return [*self.dataset_name, self.train_data_dir] if self.train_data_dir else self.dataset_name
+
+
+def load_image_sets(config: ImageSetsConfig, channels: int, split: str = "train") -> list[ImageDataset]:
+    """Load one split of every set in one size.
+
+    Raises:
+        ValueError: for images that cannot be read, and what [`load_image_dataset`] refuses.
+        OSError: if a set cannot be downloaded.
+    """
+    return [
+        load_image_dataset(
+            name,
+            split,
+            resolution=config.resolution,
+            channels=channels,
+            image_column=config.image_column,
+            caption_column=config.caption_column,
+            label_column=config.label_column,
+            caption_bank=config.caption_bank or None,
+            max_samples=config.max_train_samples or None,
+            tile_size=config.tile_size,
+        )
+        for name in config.datasets
+    ]
