@@ -3,8 +3,15 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
+from transformers import CLIPConfig, CLIPModel
 
-from visbio_diffusers.losses import diffusion_loss, snr_weights, stratified_timesteps
+from visbio_diffusers.losses import (
+    contrastive_loss,
+    diffusion_loss,
+    sigmoid_contrastive_loss,
+    snr_weights,
+    stratified_timesteps,
+)
 
 
 def test_timesteps_hold_one_of_each_part_and_are_uniform():
@@ -107,3 +114,61 @@ def test_the_best_predictor_of_a_constant_has_no_loss(tiny_unet):
     assert diffusion_loss(best, scheduler, pixel_values, None, None) < 1e-6
     text, mask = torch.ones(64, 2, 24), torch.ones(64, 2)
     assert diffusion_loss(tiny_unet(), scheduler, pixel_values, text, mask) > 0.1
+
+
+def embeds(n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.functional.normalize(torch.randn(n, 8, generator=generator), dim=1).requires_grad_()
+
+
+def test_contrastive_loss_is_that_of_clip():
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**tower, "vocab_size": 50, "eos_token_id": 49}
+    vision = {**tower, "image_size": 8, "patch_size": 4}
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    tokens, pixel_values = torch.randint(0, 49, (6, 5)), torch.randn(6, 3, 8, 8)
+    out = clip(input_ids=tokens, pixel_values=pixel_values, return_loss=True)
+    own = contrastive_loss(out.image_embeds, out.text_embeds, clip.logit_scale.exp())
+    torch.testing.assert_close(own, out.loss)
+    parameters = clip.logit_scale, clip.visual_projection.weight, clip.text_projection.weight
+    expected = torch.autograd.grad(out.loss, parameters, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(own, parameters), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_other_matching_pairs_are_no_negatives_by_hand():
+    images, texts = embeds(3, 0), embeds(3, 1)
+    matching = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
+    logits = 5 * images @ texts.T
+    pairs = {0: (0, 1), 1: (0, 1), 2: (2,)}
+
+    def one_way(table):
+        rows = []
+        for i, fitting in pairs.items():
+            others = [table[i, j].exp() for j in range(3) if j not in fitting]
+            terms = [-torch.log(table[i, j].exp() / (table[i, j].exp() + sum(others))) for j in fitting]
+            rows.append(sum(terms) / len(fitting))
+        return sum(rows) / 3
+
+    expected = (one_way(logits) + one_way(logits.T)) / 2
+    torch.testing.assert_close(contrastive_loss(images, texts, 5.0, matching), expected)
+
+
+def test_a_batch_of_one_class_gives_no_loss_and_no_gradient():
+    images, texts = embeds(4, 0), embeds(4, 1)
+    loss = contrastive_loss(images, texts, 100.0, torch.ones(4, 4, dtype=torch.bool))
+    loss.backward()
+    assert loss == 0 and images.grad.abs().max() == 0 == texts.grad.abs().max()
+
+
+def test_sigmoid_loss_by_hand_and_with_matching_pairs():
+    images, texts = embeds(3, 0), embeds(3, 1)
+    matching = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
+    for fits in (torch.eye(3, dtype=torch.bool), matching):
+        logits = 4 * images @ texts.T - 2
+        terms = [
+            torch.log(1 + torch.exp((-1 if fits[i, j] else 1) * logits[i, j])) for i in range(3) for j in range(3)
+        ]
+        torch.testing.assert_close(sigmoid_contrastive_loss(images, texts, 4.0, -2.0, fits), sum(terms) / 3)
+    default = sigmoid_contrastive_loss(images, texts, 4.0, -2.0)
+    alone = torch.eye(3, dtype=torch.bool)
+    torch.testing.assert_close(default, sigmoid_contrastive_loss(images, texts, 4.0, -2.0, alone))

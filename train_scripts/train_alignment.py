@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoModel, ConvNextConfig, VisionTextDualEncoderModel, VisionTextDualEncoderProcessor
+from transformers import AutoModel, VisionTextDualEncoderModel, VisionTextDualEncoderProcessor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from visbio_diffusers import hub
+from visbio_diffusers import VisBioVisionModel, hub
 from visbio_diffusers.alignment import DualEncoder
 from visbio_diffusers.alignment.training import alignment_loss, clamp_hook, write_calibration
 from visbio_diffusers.checkpoints import save_folder
@@ -26,6 +26,7 @@ from visbio_diffusers.data.pairs import CaptionPairs
 from visbio_diffusers.evaluation import environment, write_results
 from visbio_diffusers.image_sets import ImageSetsConfig, load_image_sets
 from visbio_diffusers.load import DEFAULT_MODEL, load_text_encoder
+from visbio_diffusers.models.vision_visbio import VisBioVisionConfig
 from visbio_diffusers.training import ema_hook, fit, make_accelerator, make_ema, make_lr_scheduler, make_optimizer
 
 
@@ -36,13 +37,13 @@ logger = logging.getLogger(__name__)
 class AlignmentConfig(ImageSetsConfig):
     """Train a dual encoder of images and captions."""
 
-    vision_model: str = flag("", "folder or Hub id of a vision model to start from; default is a new ConvNeXt")
+    vision_model: str = flag("", "folder or Hub id of a vision model to start from; default is a new small one")
     hidden_sizes: list[int] = field(
-        default_factory=lambda: [48, 144],
-        metadata={"help": "channels of the stages of a new ConvNeXt, each of half the side"},
+        default_factory=lambda: [64, 128], metadata={"help": "channels of the stem and the stages of a new one"}
     )
-    depths: list[int] = field(default_factory=lambda: [2, 3], metadata={"help": "its blocks in each stage"})
+    depths: list[int] = field(default_factory=lambda: [2], metadata={"help": "its blocks in each stage"})
     text_encoder: str = flag(DEFAULT_MODEL, "folder or Hub id of a BERT with its tokenizer; or a pipeline's folder")
+    freeze_text_encoder: bool = flag(False, "train only the pooler and the projection of the text")
     projection_dim: int = flag(128, "width of the space that images and texts share")
     loss: Literal["clip", "siglip"] = flag("clip", "tell pairs from all others of the batch, or judge each by itself")
     max_length: int = flag(64, "tokens of a caption in training")
@@ -55,13 +56,13 @@ class AlignmentConfig(ImageSetsConfig):
                 "gradient_accumulation_steps must be 1: a pair is told from the others of its micro-batch alone, so "
                 "accumulated ones are no larger batch; raise --train_batch_size, or launch more processes"
             )
-        if len(self.hidden_sizes) != len(self.depths):
-            raise ValueError(f"hidden_sizes {self.hidden_sizes} and depths {self.depths} must be as many")
+        if len(self.hidden_sizes) != len(self.depths) + 1:
+            raise ValueError(f"hidden_sizes {self.hidden_sizes} must be one more than depths {self.depths}: the stem")
 
 
 PRESETS = {
     "tiny": dict(
-        hidden_sizes=[16, 32], depths=[1, 1], max_train_samples=64, train_batch_size=8, captions_per_class=8,
+        hidden_sizes=[16, 32], depths=[1], max_train_samples=64, train_batch_size=8, captions_per_class=8,
         report_to="none",
     ),
     "blood": dict(
@@ -78,12 +79,8 @@ def make_dual_encoder(config: AlignmentConfig) -> tuple[VisionTextDualEncoderMod
     if config.vision_model:
         vision_model = AutoModel.from_pretrained(config.vision_model, dtype=torch.float32)
     else:
-        # `hidden_size`, which ConvNeXt itself has no use for, is what the dual encoder asks its vision model for.
-        shape = ConvNextConfig(
-            patch_size=2, num_stages=len(config.depths), hidden_sizes=config.hidden_sizes, depths=config.depths,
-            hidden_size=config.hidden_sizes[-1], image_size=config.resolution,
-        )  # fmt: skip
-        vision_model = AutoModel.from_config(shape)
+        shape = {"hidden_sizes": config.hidden_sizes, "depths": config.depths, "image_size": config.resolution}
+        vision_model = VisBioVisionModel(VisBioVisionConfig(**shape))
     model = VisionTextDualEncoderModel(vision_model=vision_model, text_model=text_model)
     width = config.projection_dim
     model.config.projection_dim = model.projection_dim = width
@@ -91,6 +88,8 @@ def make_dual_encoder(config: AlignmentConfig) -> tuple[VisionTextDualEncoderMod
     model.text_projection = nn.Linear(model.text_embed_dim, width, bias=False)
     if config.loss == "siglip":
         model.logit_bias = nn.Parameter(torch.tensor(-10.0))
+    if config.freeze_text_encoder:
+        text_model.requires_grad_(False).pooler.requires_grad_(True)
     side = {"height": config.resolution, "width": config.resolution}
     images = ViTImageProcessorPil(size=side, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     return model.train(), VisionTextDualEncoderProcessor(images, tokenizer)

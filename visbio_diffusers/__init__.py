@@ -4,6 +4,7 @@ import importlib
 import sys
 
 from visbio_diffusers.models.unet_visbio import VisBioUNet
+from visbio_diffusers.models.vision_visbio import VisBioVisionModel
 from visbio_diffusers.pipelines.pipeline_visbio import VisBioPipeline
 from visbio_diffusers.registration import register
 
@@ -14,9 +15,10 @@ _LAZY = {
     "EmbeddingCache": "text",
     "default_model": "load",
     "load_bank": "captions",
+    "load_dual_encoder": "alignment",
     "load_image_dataset": "data",
 }
-__all__ = ["VisBioPipeline", "VisBioUNet", *_LAZY]
+__all__ = ["VisBioPipeline", "VisBioUNet", "VisBioVisionModel", *_LAZY]
 
 register(sys.modules[__name__], (VisBioUNet, VisBioPipeline))
 

@@ -1,4 +1,4 @@
-"""The command `visbio`: draw images, export labelled sets, measure and audit models, look at data sets.
+"""The command `visbio`: draw images, export labelled sets, measure and audit models, describe and search images.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Mistakes are answered in one line on stderr.
 """
@@ -27,6 +27,26 @@ Draw images from descriptions, or a balanced labelled set for a classifier.
 Each image has its own seed (in its metadata), and is drawn from torch.Generator().manual_seed(seed): image k of a
 prompt has --seed + k, image i of a set --seed + i. It does not depend on the batch size or the number of images.
 A set that was interrupted goes on where it stopped when the same command is given again."""
+
+
+DESCRIBE_HELP = """\
+Say what images show: captions with their probabilities, or "none of these" where none fits.
+
+  visbio describe cell.png other.tif
+  visbio describe my_folder --captions my_captions.txt
+  visbio describe cell.png --explain why.png
+
+Images are PNG, JPEG, TIFF and others, of any size; the middle square is looked at. Grey is spread to three colours,
+transparent parts lie on white, values of more than 8 bits are stretched from their 1st to their 99.8th percentile."""
+
+SEARCH_HELP = """\
+Find images by a text, or by an image; or abstracts by either.
+
+  visbio search "a cell full of orange granules" my_folder
+  visbio search --image cell.png my_folder
+  visbio search --image cell.png --corpus pubmed.jsonl
+
+What was looked at once is kept in an index, in the folder or beside the corpus."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -76,6 +96,23 @@ def _build_parser() -> argparse.ArgumentParser:
     audit = commands.add_parser("audit", help="look for training images among generated ones")
     audit.set_defaults(run=_audit)
 
+    describe = commands.add_parser(
+        "describe",
+        help="say what images show",
+        description=DESCRIBE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_describe_arguments(describe)
+    describe.set_defaults(run=_describe, error=describe.error)
+    search = commands.add_parser(
+        "search",
+        help="find images by a text or an image, and abstracts by an image",
+        description=SEARCH_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_search_arguments(search)
+    search.set_defaults(run=_search, error=search.error)
+
     data = commands.add_parser("data", help="look at image sets")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="the MedMNIST sets: sizes, classes, licences")
@@ -113,6 +150,29 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lora-scale", type=float, default=1.0, help="weight of the adapter; default: %(default)s")
     add("--device", type=_device, help="cpu, cuda, cuda:1 or mps; default: the fastest there is")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="default: %(default)s")
+
+
+def _add_describe_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
+    add("--captions", help="what to choose from: a caption bank, or a .txt or .csv file; default: the model's bank")
+    add("--subtypes", action="store_true", help="tell the subtypes of a bank apart")
+    add("--top", type=_positive, default=3, help="captions shown of each image; default: %(default)s")
+    add("--explain", type=Path, metavar="PNG", help="of one image: ask the generator too, and show what decided")
+    add("--generator", help="the generator that --explain asks; default: the model that comes with the package")
+    add("--model", help="dual encoder, a folder or a Hub id; default: the one that comes with the package")
+    add("--device", type=_device, help="cpu, cuda, cuda:1 or mps; default: the fastest there is")
+
+
+def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("places", nargs="*", metavar="QUERY FOLDER", help="a text, unless --image is given; a folder, unless --corpus")
+    add("--image", type=Path, help="look for what is like this image")
+    add("--corpus", type=Path, help="look in these abstracts: JSON lines with pmid and abstract")
+    add("--top", type=_positive, default=5, help="results; default: %(default)s")
+    add("--index", type=Path, help="file of the index; default: in the folder, or beside the corpus")
+    add("--model", help="dual encoder, a folder or a Hub id; default: the one that comes with the package")
+    add("--device", type=_device, help="cpu, cuda, cuda:1 or mps; default: the fastest there is")
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -185,6 +245,28 @@ def _audit(args: argparse.Namespace) -> None:
     config = parse(AuditConfig, {}, args.flags, "visbio audit")
     audit(config)
     _say(str(Path(config.output, "audit.json")))
+
+
+def _describe(args: argparse.Namespace) -> None:
+    from visbio_diffusers.alignment import command
+
+    for line in command.describe_files(
+        args.images, args.model, args.captions, args.subtypes, args.top, args.explain, args.generator, args.device
+    ):
+        _say(line)
+
+
+def _search(args: argparse.Namespace) -> None:
+    wanted = ([] if args.image else ["QUERY"]) + ([] if args.corpus else ["FOLDER"])
+    if len(args.places) != len(wanted):
+        args.error(f"give {' and '.join(wanted) or 'nothing'} beside the flags, got {len(args.places)} arguments")
+    given = dict(zip(wanted, args.places, strict=True))
+    from visbio_diffusers.alignment import command
+
+    place = args.corpus or Path(given["FOLDER"])
+    query = args.image or given["QUERY"]
+    for line in command.search_place(query, place, args.model, args.top, args.index, args.device):
+        _say(line)
 
 
 def _list_data(args: argparse.Namespace) -> None:

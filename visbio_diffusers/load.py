@@ -26,18 +26,21 @@ LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 MIN_VOCABULARY = 100  # without its files a tokenizer loads silently, with its special tokens alone
 
 
-def default_model() -> Path:
-    """Return the folder of the checkpoint that comes in the package, or lies beside it in an editable install.
+def default_model(name: str = DEFAULT_MODEL) -> Path:
+    """Return the folder of a checkpoint that comes in the package, or lies beside it in an editable install.
+
+    Args:
+        name (`str`): of the model; default is the pipeline.
 
     Raises:
         FileNotFoundError: if it is in neither place.
     """
     package = Path(__file__).parent
     for place in (package, package.parent):
-        folder = place / "model_cards" / DEFAULT_MODEL
-        if (folder / "model_index.json").is_file():
+        folder = place / "model_cards" / name
+        if any((folder / file).is_file() for file in ("model_index.json", "config.json")):
             return folder
-    raise FileNotFoundError(f"this installation lacks the model {DEFAULT_MODEL}: give --model a folder or a Hub id")
+    raise FileNotFoundError(f"this installation lacks the model {name}: give --model a folder or a Hub id")
 
 
 def load_pipeline(
@@ -83,7 +86,7 @@ def load_pipeline(
             pipe = _load(folder, getattr(torch, dtype))
     except (OSError, TypeError, ValueError, SafetensorError) as error:  # TypeError: of a tokenizer without its file
         raise ValueError(f"cannot load the model {folder} ({one_line(error)}): get a whole copy of it") from error
-    facts = {"model": name, "model_sha256": model_sha256, **_recorded(folder)}
+    facts = {"model": name, "model_sha256": model_sha256, **recorded_facts(folder)}
     return pipe.to(device), facts | (_add_lora(pipe, lora, lora_scale, facts) if lora else {})
 
 
@@ -103,7 +106,7 @@ def _add_lora(pipe: VisBioPipeline, lora: str, scale: float, facts: dict[str, st
     except (OSError, TypeError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"cannot use the adapter {lora} with {facts['model']} ({one_line(error)})") from error
     pipe.set_adapters("lora", scale)
-    recorded = _recorded(file.parent)
+    recorded = recorded_facts(file.parent)
     for key in set(recorded) & set(facts):
         recorded[key] = ", ".join(dict.fromkeys(f"{facts[key]}, {recorded[key]}".strip(", ").split(", ")))
     named = place.stem if place.is_file() else folder.resolve().name if place.is_dir() else lora
@@ -208,7 +211,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
         return file.get_tensor(next(iter(file.keys()))).dtype
 
 
-def _recorded(folder: Path) -> dict[str, str]:
+def recorded_facts(folder: Path) -> dict[str, str]:
     """Return the lists of its training.json that others must know, each as one text."""
     file = folder / "training.json"
     record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

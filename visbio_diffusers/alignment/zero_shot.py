@@ -32,17 +32,23 @@ def caption_ensembles(bank: CaptionBank, subtypes: bool = False, size: int = ENS
 
 
 def classify(encoder: DualEncoder, image_embeds: torch.Tensor, captions: Sequence[Sequence[str]]) -> torch.Tensor:
-    """Return the cosines of images and classes, `(n, classes)`; a class is the mean direction of its captions.
+    """Return the cosines of images and classes, `(n, classes)`.
 
     Args:
         encoder (`DualEncoder`): embeds the captions.
         image_embeds (`torch.Tensor` of shape `(n, width)`): of [`DualEncoder.embed_images`].
-        captions (`Sequence[Sequence[str]]`): one or more wordings of each class. The cosines times
-            `encoder.calibration.scale`, in a softmax, are probabilities; where the highest is below its threshold,
-            the image shows none of the classes.
+        captions (`Sequence[Sequence[str]]`): one or more wordings of each class.
+
+    The cosines times `encoder.calibration.scale`, in a softmax, are probabilities; where the highest cosine is below
+    `encoder.calibration.threshold`, the image shows none of the classes.
 
     Source: Radford et al. 2021, Learning Transferable Visual Models From Natural Language Supervision, section 3.1.4.
     """
+    return image_embeds @ class_embeds(encoder, captions).T
+
+
+def class_embeds(encoder: DualEncoder, captions: Sequence[Sequence[str]]) -> torch.Tensor:
+    """Return the mean direction of the wordings of each class, `(classes, width)`."""
     rows = encoder.embed_texts([text for each in captions for text in each])
     means = [F.normalize(each.mean(dim=0), dim=0) for each in rows.split([len(each) for each in captions])]
-    return image_embeds @ torch.stack(means).T
+    return torch.stack(means)

@@ -1,0 +1,83 @@
+"""What an image shows: captions ranked by a dual encoder, with probabilities, or none of them."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from visbio_diffusers.alignment.dual_encoder import DualEncoder
+from visbio_diffusers.alignment.zero_shot import caption_ensembles, classify
+from visbio_diffusers.captions import load_bank
+
+
+class Description(NamedTuple):
+    """What is said of one image.
+
+    Args:
+        ranking (`list[tuple[int, float]]`): number of a candidate and its probability, the likeliest first.
+        cosine (`float`): of the image and the likeliest.
+        known (`bool`): whether that reaches the encoder's threshold; if not, none of the candidates fits.
+    """
+
+    ranking: list[tuple[int, float]]
+    cosine: float
+    known: bool
+
+
+def read_candidates(source: str, subtypes: bool = False) -> dict[str, list[str]]:
+    """Return the captions to choose from: what is said of an image, and the wordings that stand for it.
+
+    Args:
+        source (`str`): name or YAML file of a caption bank; or a file of one caption a line, or CSV with a column
+            "caption" or "text" and, where several wordings mean the same, a column "label".
+        subtypes (`bool`): of a bank, take the subtypes in the place of a class that has some.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds no captions, or the name is no bank's.
+    """
+    path = Path(source)
+    if path.suffix not in (".txt", ".csv"):
+        return {wordings[0]: wordings for wordings in caption_ensembles(load_bank(source), subtypes).values()}
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {source}: check the path")
+    with path.open(encoding="utf-8", newline="") as file:
+        if path.suffix == ".txt":
+            rows = [{"caption": line} for line in file]
+        else:
+            rows = list(csv.DictReader(file))
+    if rows and not {"caption", "text"} & set(rows[0]):
+        raise ValueError(f"{source} has the columns {', '.join(map(str, rows[0]))}: it needs one named caption")
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        text = (row.get("caption") or row.get("text") or "").strip()
+        if text:
+            found.setdefault((row.get("label") or text).strip(), []).append(text)
+    if not found:
+        raise ValueError(f"{source} holds no captions: write one a line, or a CSV with a column caption")
+    return found
+
+
+def describe(encoder: DualEncoder, image_embeds: torch.Tensor, captions: Sequence[Sequence[str]]) -> list[Description]:
+    """Rank captions for each image.
+
+    Args:
+        encoder (`DualEncoder`): embeds the captions; its calibration gives probabilities and threshold.
+        image_embeds (`torch.Tensor` of shape `(n, width)`): of its `embed_images`.
+        captions (`Sequence[Sequence[str]]`): the wordings of each candidate.
+    """
+    cosines = classify(encoder, image_embeds, captions)
+    probabilities = (cosines * encoder.calibration.scale).softmax(dim=1)
+    best, order = cosines.max(dim=1).values, probabilities.argsort(dim=1, descending=True)
+    return [
+        Description(
+            ranking=[(int(k), float(probabilities[row, k])) for k in order[row]],
+            cosine=float(best[row]),
+            known=bool(best[row] >= encoder.calibration.threshold),
+        )
+        for row in range(len(cosines))
+    ]
