@@ -158,6 +158,13 @@ def test_callback_may_change_the_weight_of_an_adapter_of_the_text(tiny_pipeline,
     changed = draw(tiny_pipeline, callback_on_step_end=turn_off)
     assert (changed - full).abs().max() > 1e-4  # the second step had no adapter
 
+    def unload(pipe, step, timestep, tensors):
+        pipe.unload_lora_weights()
+        return {}
+
+    tiny_pipeline.set_adapters("one", 1.0)
+    torch.testing.assert_close(draw(tiny_pipeline, callback_on_step_end=unload), changed, rtol=0, atol=1e-5)
+
 
 def test_dropout_of_the_training_is_over(tiny_pipeline, tiny_pipeline_dir, tmp_path):
     unet = VisBioPipeline.from_pretrained(tiny_pipeline_dir).unet

@@ -356,9 +356,10 @@ class VisBioPipeline(SafetensorsMixin, DiffusionPipeline, VisBioLoraLoaderMixin)
                 if callback_on_step_end is not None:
                     tensors = dict(zip(self._callback_tensor_inputs, (latents, prompt_embeds, negative_prompt_embeds)))
                     wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    adapted = bool(getattr(self.unet, "peft_config", None))
                     changed = callback_on_step_end(self, i, t, wanted)
                     latents = changed.pop("latents", latents)
-                    if getattr(self.unet, "peft_config", None):  # it may have changed the weight of an adapter
+                    if adapted or getattr(self.unet, "peft_config", None):  # it may have changed an adapter's weight
                         text_caches = {}
                     if {"prompt_embeds", "negative_prompt_embeds"} & set(changed):
                         prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
