@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from visbio_diffusers.files import one_line
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif"))
 PERCENTILES = 1.0, 99.8  # black and white of values of more than 8 bits
 MAX_CHANNELS = 8  # so many pages without a name are channels of one image, more are a series
+UNREADABLE = OSError, SyntaxError, ValueError, LookupError, TypeError, struct.error, Image.DecompressionBombError
 MAX_VALUES = 2**29  # of a file, 0.5 to 2 GB
 
 
@@ -59,7 +61,7 @@ def read_photograph(path: str | Path) -> Image.Image:
             if image.mode.startswith("I") or image.mode == "F":
                 return Image.fromarray(_to_rgb(np.asarray(image)))
             return _on_white(ImageOps.exif_transpose(image))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         reason = "no image format that Pillow knows" if isinstance(error, UnidentifiedImageError) else one_line(error)
         raise ValueError(f"cannot read image {path} ({reason}): replace or remove it") from error
 

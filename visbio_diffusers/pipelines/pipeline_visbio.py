@@ -356,15 +356,13 @@ class VisBioPipeline(SafetensorsMixin, DiffusionPipeline, VisBioLoraLoaderMixin)
                 if callback_on_step_end is not None:
                     tensors = dict(zip(self._callback_tensor_inputs, (latents, prompt_embeds, negative_prompt_embeds)))
                     wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    adapted = bool(getattr(self.unet, "peft_config", None))
+                    adapted = bool(getattr(self.unet, "peft_config", None))  # whose weights it may change
                     changed = callback_on_step_end(self, i, t, wanted)
+                    if adapted or getattr(self.unet, "peft_config", None) or set(changed) - {"latents"}:
+                        text_caches = {}
                     latents = changed.pop("latents", latents)
-                    if adapted or getattr(self.unet, "peft_config", None):  # it may have changed an adapter's weight
-                        text_caches = {}
-                    if {"prompt_embeds", "negative_prompt_embeds"} & set(changed):
-                        prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
-                        negative_prompt_embeds = changed.pop("negative_prompt_embeds", negative_prompt_embeds)
-                        text_caches = {}
+                    prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
+                    negative_prompt_embeds = changed.pop("negative_prompt_embeds", negative_prompt_embeds)
                 progress_bar.update()
         self._current_timestep = None
 
