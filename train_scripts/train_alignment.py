@@ -27,7 +27,15 @@ from visbio_diffusers.evaluation import environment, write_results
 from visbio_diffusers.image_sets import ImageSetsConfig, load_image_sets
 from visbio_diffusers.load import DEFAULT_MODEL, load_text_encoder
 from visbio_diffusers.models.vision_visbio import VisBioVisionConfig
-from visbio_diffusers.training import ema_hook, fit, make_accelerator, make_ema, make_lr_scheduler, make_optimizer
+from visbio_diffusers.training import (
+    ema_hook,
+    fit,
+    make_accelerator,
+    make_ema,
+    make_lr_scheduler,
+    make_optimizer,
+    trainable,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -170,7 +178,7 @@ def main(config: AlignmentConfig) -> int:
     result = fit(accelerator, model, optimizer, lr_scheduler, stream, loss_fn, config, hooks)
     if accelerator.is_main_process and not result.signum:
         if ema:
-            ema.copy_to(bare.parameters())
+            ema.copy_to(trainable(bare))
         hub.finish_training(save_alignment(bare, processor, config, datasets), config, repo_id)
     accelerator.end_training()
     return result.signum

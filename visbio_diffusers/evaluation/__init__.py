@@ -4,6 +4,7 @@ from visbio_diffusers.evaluation.evaluators import EVALUATORS, Evaluator, load_a
 from visbio_diffusers.evaluation.features import ImageClassifier, ImageEncoder, weights_hash
 from visbio_diffusers.evaluation.images import Split, as_split, read_images, save_images
 from visbio_diffusers.evaluation.judges import train_classifier, train_encoder
+from visbio_diffusers.evaluation.metrics import proportion_interval
 from visbio_diffusers.evaluation.protocol import (
     Reference,
     classification_accuracy_score,
@@ -36,6 +37,7 @@ __all__ = [
     "make_reference",
     "measure",
     "measure_wording",
+    "proportion_interval",
     "read_images",
     "real_training_images",
     "render_card_results",
