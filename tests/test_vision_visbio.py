@@ -30,7 +30,8 @@ def test_auto_classes_load_what_was_saved(tmp_path):
 def test_dual_encoder_takes_it_and_loads_again(tmp_path):
     text = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=30)
     model = VisionTextDualEncoderModel(vision_model=make(), text_model=BertModel(text)).eval()
-    model.save_pretrained(tmp_path)
+    model.train().vision_model(3 + 2 * torch.randn(4, 3, 28, 28))  # running means and variances are weights too
+    model.eval().save_pretrained(tmp_path)
     loaded = VisionTextDualEncoderModel.from_pretrained(tmp_path).eval()
     inputs = {"input_ids": torch.tensor([[1, 2, 3]]), "pixel_values": torch.randn(2, 3, 28, 28)}
     torch.testing.assert_close(loaded(**inputs).logits_per_image, model(**inputs).logits_per_image)

@@ -74,9 +74,9 @@ PRESETS = {
         report_to="none",
     ),
     "blood": dict(
-        train_batch_size=128, max_train_steps=900, learning_rate=1e-3, lr_scheduler="cosine", lr_warmup_steps=100,
-        adam_weight_decay=0.05, ema_decay=0.99, random_flip="dihedral", max_length=40, checkpointing_steps=100,
-        checkpoints_total_limit=1,
+        freeze_text_encoder=True, train_batch_size=128, max_train_steps=1800, learning_rate=2e-3, lr_scheduler="cosine",
+        lr_warmup_steps=200, adam_weight_decay=0.05, ema_decay=0.99, random_flip="dihedral", max_length=40,
+        checkpointing_steps=200, checkpoints_total_limit=1,
     ),
 }  # fmt: skip
 

@@ -78,8 +78,6 @@ class VisBioVisionModel(PreTrainedModel):
     def _init_weights(self, module):
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(module, nn.BatchNorm2d):
-            module.reset_parameters()
 
     def forward(self, pixel_values, return_dict=None, **kwargs):
         """Return the last feature map as tokens, and its mean.
