@@ -153,6 +153,15 @@ def test_other_matching_pairs_are_no_negatives_by_hand():
     torch.testing.assert_close(contrastive_loss(images, texts, 5.0, matching), expected)
 
 
+def test_texts_of_other_things_are_wrong_answers_for_every_image():
+    images, texts, others = embeds(3, 0), embeds(3, 1), embeds(2, 2)
+    logits = 5 * images @ torch.cat([texts, others]).T
+    rows = torch.nn.functional.cross_entropy(logits, torch.arange(3))
+    columns = torch.nn.functional.cross_entropy(logits[:, :3].T, torch.arange(3))
+    found = contrastive_loss(images, torch.cat([texts, others]), 5.0, torch.eye(3, 5, dtype=torch.bool))
+    torch.testing.assert_close(found, (rows + columns) / 2)
+
+
 def test_a_batch_of_one_class_gives_no_loss_and_no_gradient():
     images, texts = embeds(4, 0), embeds(4, 1)
     loss = contrastive_loss(images, texts, 100.0, torch.ones(4, 4, dtype=torch.bool))

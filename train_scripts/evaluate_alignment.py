@@ -17,6 +17,7 @@ from transformers import AutoModel
 
 from visbio_diffusers import evaluation
 from visbio_diffusers.alignment import DualEncoder, caption_ensembles, classify, load_dual_encoder, measures
+from visbio_diffusers.alignment.describe import describe
 from visbio_diffusers.alignment.diffusion_classifier import denoising_evidence
 from visbio_diffusers.augmentation import vary_photographs
 from visbio_diffusers.captions import load_bank
@@ -102,22 +103,18 @@ def measure(encoder: DualEncoder, config: EvaluateAlignmentConfig, seed: int) ->
     pixel_values, captions = to_pixel_values(images), list(caption_ensembles(bank).values())
     embeds = encoder.embed_images(images)
     cosines = classify(encoder, embeds, captions)
-    found = {
-        "model": encoder.name,
-        "sha256": encoder.sha256,
-        "zero_shot": measures.zero_shot(encoder, embeds, labels, bank),
-    }
+    found = {"model": encoder.name, "sha256": encoder.sha256}
+    found["zero_shot"] = measures.zero_shot(encoder, embeds, labels, bank)
     found["retrieval"] = measures.retrieval(encoder, embeds, labels, bank)
     found["calibration_error"] = measures.calibration_error(encoder, cosines, labels)
     rows = measures.class_embeds(encoder, captions).T
     found["robustness"] = measures.robustness(
-        lambda changed: scores_of(encoder.embed_pixels, changed) @ rows, pixel_values, labels
+        lambda changed: encoder.project(scores_of(partial(pooled, encoder), changed)) @ rows, pixel_values, labels
     )
-    found["none_of_these"] = {"test": none_of_these(encoder, cosines)}
+    found["none_of_these"] = {"test": none_of_these(encoder, images, captions)}
     for name in config.foreign_dataset_name:
         foreign = load_image_dataset(name, "test", resolution=side, channels=3)
-        said = classify(encoder, encoder.embed_images(pixels_of(foreign)), captions)
-        found["none_of_these"][foreign.name] = none_of_these(encoder, said)
+        found["none_of_these"][foreign.name] = none_of_these(encoder, pixels_of(foreign), captions)
     if config.supervised_steps:
         train = load_image_dataset(config.dataset_name, "train", resolution=side, caption_bank=bank_name)
         model = train_supervised(
@@ -130,10 +127,15 @@ def measure(encoder: DualEncoder, config: EvaluateAlignmentConfig, seed: int) ->
     return found
 
 
-def none_of_these(encoder: DualEncoder, cosines: torch.Tensor) -> dict:
+def none_of_these(encoder: DualEncoder, images: np.ndarray, captions: list[list[str]]) -> dict:
     """Return the share of images to which no caption is said to fit."""
-    below = int((cosines.max(dim=1).values < encoder.calibration.threshold).sum())
-    return evaluation.proportion_interval(below, len(cosines))
+    said = describe(encoder, encoder.features(images), captions)
+    return evaluation.proportion_interval(sum(bool(each.doubt) for each in said), len(said))
+
+
+def pooled(encoder: DualEncoder, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Return the pooled features of what the processor makes of images."""
+    return encoder.model.vision_model(pixel_values=pixel_values).pooler_output
 
 
 def measure_subtypes(encoder: DualEncoder, config: EvaluateAlignmentConfig, bank_name: str, seed: int) -> dict:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoModel, VisionTextDualEncoderModel, VisionTextDualEncoderProcessor
@@ -18,10 +19,11 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from visbio_diffusers import VisBioVisionModel, hub
 from visbio_diffusers.alignment import DualEncoder
-from visbio_diffusers.alignment.training import alignment_loss, clamp_hook, write_calibration
+from visbio_diffusers.alignment.training import FITS_NOTHING, alignment_loss, clamp_hook, fit_calibration
 from visbio_diffusers.checkpoints import save_folder
 from visbio_diffusers.config import flag, parse, run
 from visbio_diffusers.data import training_batches
+from visbio_diffusers.data.corpus import foreign_sentences, read_corpus, split_sentences
 from visbio_diffusers.data.pairs import CaptionPairs
 from visbio_diffusers.evaluation import environment, write_results
 from visbio_diffusers.image_sets import ImageSetsConfig, load_image_sets
@@ -53,6 +55,11 @@ class AlignmentConfig(ImageSetsConfig):
     text_encoder: str = flag(DEFAULT_MODEL, "folder or Hub id of a BERT with its tokenizer; or a pipeline's folder")
     freeze_text_encoder: bool = flag(False, "train only the pooler and the projection of the text")
     projection_dim: int = flag(128, "width of the space that images and texts share")
+    corpus: list[str] = field(
+        default_factory=list,
+        metadata={"help": "texts on other things (.jsonl, .csv, .txt), whose sentences fit no image"},
+    )
+    corpus_share: float = flag(0.25, "such sentences in a batch, as a share of its captions")
     loss: Literal["clip", "siglip"] = flag("clip", "tell pairs from all others of the batch, or judge each by itself")
     max_length: int = flag(64, "tokens of a caption in training")
 
@@ -64,6 +71,8 @@ class AlignmentConfig(ImageSetsConfig):
                 "gradient_accumulation_steps must be 1: a pair is told from the others of its micro-batch alone, so "
                 "accumulated ones are no larger batch; raise --train_batch_size, or launch more processes"
             )
+        if not 0 <= self.corpus_share <= 1:
+            raise ValueError(f"corpus_share must be in [0, 1], got {self.corpus_share}")
         if len(self.hidden_sizes) != len(self.depths) + 1:
             raise ValueError(f"hidden_sizes {self.hidden_sizes} must be one more than depths {self.depths}: the stem")
 
@@ -74,9 +83,9 @@ PRESETS = {
         report_to="none",
     ),
     "blood": dict(
-        freeze_text_encoder=True, train_batch_size=128, max_train_steps=1800, learning_rate=2e-3, lr_scheduler="cosine",
-        lr_warmup_steps=200, adam_weight_decay=0.05, ema_decay=0.99, random_flip="dihedral", max_length=40,
-        checkpointing_steps=200, checkpoints_total_limit=1,
+        freeze_text_encoder=True, train_batch_size=128, max_train_steps=1800, learning_rate=2e-3,
+        lr_scheduler="cosine", lr_warmup_steps=200, adam_weight_decay=0.05, ema_decay=0.99, random_flip="dihedral",
+        max_length=40, checkpointing_steps=200, checkpoints_total_limit=1,
     ),
 }  # fmt: skip
 
@@ -103,24 +112,38 @@ def make_dual_encoder(config: AlignmentConfig) -> tuple[VisionTextDualEncoderMod
     return model.train(), VisionTextDualEncoderProcessor(images, tokenizer)
 
 
+def read_foreign(config: AlignmentConfig, pairs: CaptionPairs) -> list[str]:
+    """Return the sentences of the corpus that speak of other things than the captions."""
+    sentences = [each for path in config.corpus for text in read_corpus(path) for each in split_sentences(text)]
+    if not sentences:
+        return []
+    foreign = foreign_sentences(sentences, [text for pool in pairs.pools.values() for text in pool])
+    logger.info(f"{len(foreign)} of {len(sentences)} sentences of the corpus speak of other things")
+    return foreign
+
+
 def make_stream(datasets, pairs: CaptionPairs, tokenizer, accelerator, config: AlignmentConfig):
     """Return a stream for `fit`: images and tokens, with the meanings of both."""
+    foreign = read_foreign(config, pairs)
+    count = round(config.corpus_share * config.train_batch_size) if foreign else 0
 
     def stream(start: int) -> Iterator[dict[str, Any]]:
         batches = training_batches(
             datasets, config.dataset_weights or None, pairs.caption, config.train_batch_size, config.seed, start,
             accelerator.process_index, accelerator.num_processes, config.random_flip, config.dataloader_num_workers,
         )  # fmt: skip
-        for batch in batches:
-            tokens = tokenizer(
-                batch["captions"], padding=True, truncation=True, max_length=config.max_length, return_tensors="pt"
-            )
+        for index, batch in enumerate(batches, start):
+            rng = np.random.default_rng([config.seed, index, accelerator.process_index])
+            others = [foreign[row] for row in rng.integers(len(foreign), size=count)] if count else []
+            texts, length = batch["captions"] + others, config.max_length
+            tokens = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+            meanings = torch.cat([pairs.of_captions(batch["captions"]), torch.tensor([FITS_NOTHING]).repeat(count, 1)])
             yield {
                 "pixel_values": batch["pixel_values"],
                 "input_ids": tokens["input_ids"],
                 "attention_mask": tokens["attention_mask"],
                 "image_meanings": pairs.of_images(batch["sources"]),
-                "caption_meanings": pairs.of_captions(batch["captions"]),
+                "caption_meanings": meanings,
             }
 
     return stream
@@ -135,7 +158,7 @@ def save_alignment(model, processor, config: AlignmentConfig, datasets) -> Path:
 
     def write(folder: Path) -> None:
         if validation is not None:
-            write_calibration(folder, DualEncoder(model.eval(), processor), validation)
+            fit_calibration(folder, DualEncoder(model.eval(), processor), datasets[0], validation)
         (model.half() if config.save_dtype == "fp16" else model).save_pretrained(folder)
         processor.save_pretrained(folder)
         banks = sorted({dataset.bank for dataset in datasets if dataset.bank})

@@ -8,9 +8,7 @@ The folder it writes loads with `BertModel.from_pretrained` and `AutoTokenizer.f
 train_text_to_image.py takes as `--text_encoder`.
 """
 
-import csv
 import itertools
-import json
 import logging
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -34,6 +32,7 @@ from visbio_diffusers import hub
 from visbio_diffusers.captions import load_bank
 from visbio_diffusers.checkpoints import save_folder
 from visbio_diffusers.config import TrainConfig, parse, run
+from visbio_diffusers.data.corpus import read_corpus
 from visbio_diffusers.evaluation import environment, write_results
 from visbio_diffusers.training import ema_hook, fit, make_accelerator, make_ema, make_lr_scheduler, make_optimizer
 
@@ -80,27 +79,6 @@ PRESETS = {
         use_ema=False, checkpointing_steps=200, checkpoints_total_limit=1,
     ),  # see model_cards/visbio-blood-28/README.md for the result
 }  # fmt: skip
-
-
-def read_corpus(path: str) -> list[str]:
-    """Return the texts of a .jsonl, .csv or .txt file."""
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"no corpus file {path}")
-    if file.suffix == ".jsonl":
-        try:
-            rows = [json.loads(line) for line in file.open(encoding="utf-8")]
-        except ValueError as error:
-            raise ValueError(f"{path} holds a line that is no JSON ({error}): mend or remove it") from error
-        texts = [row.get("abstract") or row.get("text") or "" for row in rows]
-    elif file.suffix == ".csv":
-        texts = [row.get("caption") or row.get("text") or "" for row in csv.DictReader(file.open(encoding="utf-8"))]
-    else:
-        texts = file.read_text(encoding="utf-8").splitlines()
-    texts = [text for text in texts if text.strip()]
-    if not texts:
-        raise ValueError(f"{path} holds no text: .jsonl needs a key `abstract` or `text`, .csv a column `caption`")
-    return texts
 
 
 def training_captions(config: TextEncoderConfig) -> tuple[list[str], list[int]]:

@@ -78,17 +78,17 @@ def diffusion_loss(model, scheduler, pixel_values, encoder_hidden_states, encode
 
 
 def contrastive_loss(image_embeds, text_embeds, logit_scale, matching=None):
-    """Return the CLIP loss with several right answers, a scalar `torch.Tensor`.
+    """Return the CLIP loss with several right answers, or none, a scalar `torch.Tensor`.
 
-    Each matching pair of image and caption is told from those that do not match, in the row of the image and in the
-    column of the caption; other matching pairs count neither for nor against it. With none but the diagonal this is
-    the loss of `transformers.CLIPModel`.
+    Each matching pair of image and text is told from those that do not match, in the row of the image and in the
+    column of the text; other matching pairs count neither for nor against it. What matches nothing is a wrong answer
+    for all. With matches on the diagonal alone this is the loss of `transformers.CLIPModel`.
 
     Args:
-        image_embeds, text_embeds (`torch.Tensor` of shape `(n, width)`): of length 1.
+        image_embeds (`torch.Tensor` of shape `(n, width)`), text_embeds (`(m, width)`): of length 1.
         logit_scale (`torch.Tensor` or `float`): factor of the cosines, the inverse of the temperature.
-        matching (`torch.Tensor` of shape `(n, n)`, *optional*): bool, whether caption j fits image i; the diagonal
-            must be True. By default only that.
+        matching (`torch.Tensor` of shape `(n, m)`, *optional*): bool, whether text j fits image i; by default the
+            diagonal.
 
     Source: Radford et al. 2021, Learning Transferable Visual Models From Natural Language Supervision.
     """
@@ -100,15 +100,16 @@ def contrastive_loss(image_embeds, text_embeds, logit_scale, matching=None):
 
 def _find_among(logits, matching):
     others = logits.masked_fill(matching, torch.finfo(logits.dtype).min / 2).logsumexp(dim=1, keepdim=True)
-    losses = F.softplus(others - logits) * matching
-    return (losses.sum(dim=1) / matching.sum(dim=1)).mean()
+    counts = matching.sum(dim=1)
+    means = (F.softplus(others - logits) * matching).sum(dim=1) / counts.clamp(min=1)
+    return means.sum() / (counts > 0).sum().clamp(min=1)
 
 
 def sigmoid_contrastive_loss(image_embeds, text_embeds, logit_scale, logit_bias, matching=None):
     """Return the SigLIP loss, in which each pair of image and caption is judged by itself, a scalar `torch.Tensor`.
 
     Args:
-        image_embeds, text_embeds, logit_scale, matching: see [`contrastive_loss`].
+        image_embeds, text_embeds, logit_scale, matching: see [`contrastive_loss`]; the sum is divided by n.
         logit_bias (`torch.Tensor` or `float`): added to the logits.
 
     Source: Zhai et al. 2023, Sigmoid Loss for Language Image Pre-Training, section 3.2.

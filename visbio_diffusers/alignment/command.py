@@ -68,13 +68,13 @@ def describe_files(
         read += len(images)
         if not images:
             continue
-        embeds = encoder.embed_images(list(images.values()))
-        said = describe(encoder, embeds, list(candidates.values()))
+        features = encoder.features(list(images.values()))
+        said = describe(encoder, features, list(candidates.values()))
         for file, each in zip(images, said, strict=True):
-            yield from _lines(str(file), each, list(candidates), top, encoder)
+            yield from _lines(str(file), each, list(candidates), top)
         if explain:
-            asked = generator, device
-            yield from _explanation(encoder, images[files[0]], embeds[0], said[0], candidates, explain, *asked)
+            embed, asked = encoder.project(features)[0], (generator, device)
+            yield from _explanation(encoder, images[files[0]], embed, said[0], candidates, explain, *asked)
     if not read:
         raise ValueError(f"no image could be read of {len(files)}: see above, and replace or remove them")
 
@@ -90,13 +90,9 @@ def _read_all(files: list[Path], resolution: int) -> tuple[dict[Path, np.ndarray
     return images, mistakes
 
 
-def _lines(file: str, said: Description, names: list[str], top: int, encoder: DualEncoder) -> Iterator[str]:
-    if not said.known:
-        nearest_name = names[said.ranking[0][0]]
-        yield (
-            f"{file}: none of these (nearest: {nearest_name}, cosine {said.cosine:.2f}, "
-            f"below {encoder.calibration.threshold:.2f})"
-        )
+def _lines(file: str, said: Description, names: list[str], top: int) -> Iterator[str]:
+    if said.doubt:
+        yield f"{file}: none of these ({said.doubt}; nearest: {names[said.ranking[0][0]]})"
         return
     for rank, (number, probability) in enumerate(said.ranking[:top]):
         lead = f"{file}:" if rank == 0 else " " * (len(file) + 1)

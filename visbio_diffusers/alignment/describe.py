@@ -20,12 +20,12 @@ class Description(NamedTuple):
     Args:
         ranking (`list[tuple[int, float]]`): number of a candidate and its probability, the likeliest first.
         cosine (`float`): of the image and the likeliest.
-        known (`bool`): whether that reaches the encoder's threshold; if not, none of the candidates fits.
+        doubt (`str`): why none of them fits; empty where one does.
     """
 
     ranking: list[tuple[int, float]]
     cosine: float
-    known: bool
+    doubt: str
 
 
 def read_candidates(source: str, subtypes: bool = False) -> dict[str, list[str]]:
@@ -62,22 +62,29 @@ def read_candidates(source: str, subtypes: bool = False) -> dict[str, list[str]]
     return found
 
 
-def describe(encoder: DualEncoder, image_embeds: torch.Tensor, captions: Sequence[Sequence[str]]) -> list[Description]:
+def describe(encoder: DualEncoder, features: torch.Tensor, captions: Sequence[Sequence[str]]) -> list[Description]:
     """Rank captions for each image.
 
     Args:
-        encoder (`DualEncoder`): embeds the captions; its calibration gives probabilities and threshold.
-        image_embeds (`torch.Tensor` of shape `(n, width)`): of its `embed_images`.
+        encoder (`DualEncoder`): embeds the captions; its calibration gives probabilities and limits.
+        features (`torch.Tensor` of shape `(n, hidden_size)`): of the images, by its `features`.
         captions (`Sequence[Sequence[str]]`): the wordings of each candidate.
     """
-    cosines = classify(encoder, image_embeds, captions)
+    cosines = classify(encoder, encoder.project(features), captions)
+    familiar = encoder.is_familiar(features)
     probabilities = (cosines * encoder.calibration.scale).softmax(dim=1)
     best, order = cosines.max(dim=1).values, probabilities.argsort(dim=1, descending=True)
     return [
         Description(
             ranking=[(int(k), float(probabilities[row, k])) for k in order[row]],
             cosine=float(best[row]),
-            known=bool(best[row] >= encoder.calibration.threshold),
+            doubt=_doubt(float(best[row]), bool(familiar[row]), encoder.calibration.threshold),
         )
         for row in range(len(cosines))
     ]
+
+
+def _doubt(cosine: float, familiar: bool, threshold: float) -> str:
+    if not familiar:
+        return "unlike all images that the model was trained on"
+    return f"cosine {cosine:.2f}, below {threshold:.2f}" if cosine < threshold else ""

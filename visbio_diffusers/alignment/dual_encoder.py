@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, VisionTextDualEncoderModel
 
 from visbio_diffusers.data import fit_image
@@ -22,8 +23,8 @@ from visbio_diffusers.files import digest, one_line
 from visbio_diffusers.load import check_device, download_files, main_weights, quiet_loading
 
 
-CALIBRATION = "calibration.json"
-UNKNOWN_SHARE = 0.02  # of validation images fall below the threshold
+CALIBRATION, FAMILIAR = "calibration.json", "familiar.safetensors"
+UNKNOWN_SHARE = 0.01  # of validation images that a limit takes for something unknown
 
 
 class Calibration(NamedTuple):
@@ -38,6 +39,37 @@ class Calibration(NamedTuple):
     threshold: float
 
 
+class Familiar(NamedTuple):
+    """What training images look like, by which images of other things are known.
+
+    Args:
+        means (`torch.Tensor` of shape `(classes, width)`): of the features of each class.
+        precision (`torch.Tensor` of shape `(width, width)`): inverse of their covariance within classes.
+        limit (`float`): distance beyond which an image is of something else.
+
+    Source: Lee et al. 2018, A Simple Unified Framework for Detecting Out-of-Distribution Samples, section 2.1.
+    """
+
+    means: torch.Tensor
+    precision: torch.Tensor
+    limit: float
+
+    def distances(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the squared Mahalanobis distance of features `(n, width)` to the nearest class, `(n,)`."""
+        apart = features[:, None] - self.means
+        return torch.einsum("nkd,de,nke->nk", apart, self.precision, apart).min(dim=1).values
+
+
+def familiarise(features: torch.Tensor, labels: torch.Tensor, validation: torch.Tensor) -> Familiar:
+    """Fit [`Familiar`] to the features `(n, width)` of training images with classes `(n,)`, its limit to others."""
+    means = torch.stack([features[labels == k].mean(dim=0) for k in labels.unique()])
+    apart = features - means[torch.searchsorted(labels.unique(), labels)]
+    covariance = apart.T @ apart / len(apart)
+    ridge = 1e-4 * covariance.trace() / len(covariance) * torch.eye(len(covariance))
+    found = Familiar(means, torch.linalg.inv(covariance + ridge), float("inf"))
+    return found._replace(limit=torch.quantile(found.distances(validation), 1 - UNKNOWN_SHARE).item())
+
+
 def calibrate(similarities: torch.Tensor, labels: torch.Tensor) -> Calibration:
     """Fit the calibration to validation images.
 
@@ -46,7 +78,7 @@ def calibrate(similarities: torch.Tensor, labels: torch.Tensor) -> Calibration:
         labels (`torch.Tensor` of shape `(n,)`): right classes.
 
     Returns:
-        the scale with the least cross-entropy, and the threshold that 0.02 of the images do not reach.
+        the scale with the least cross-entropy, and the threshold that 0.01 of the images do not reach.
 
     Source: Guo et al. 2017, On Calibration of Modern Neural Networks, section 4.2.
     """
@@ -71,12 +103,21 @@ class DualEncoder:
         model (`transformers.VisionTextDualEncoderModel`): in evaluation mode.
         processor (`transformers.ProcessorMixin`): the model's own.
         calibration (`Calibration`, *optional*): the model's own scale, and no threshold, where it has none.
+        familiar (`Familiar`, *optional*): how to know images of other things.
         name, sha256 (`str`): what it is, and the digest of its weights.
     """
 
-    def __init__(self, model, processor, calibration: Calibration | None = None, name: str = "", sha256: str = ""):
+    def __init__(
+        self,
+        model,
+        processor,
+        calibration: Calibration | None = None,
+        familiar: Familiar | None = None,
+        name: str = "",
+        sha256: str = "",
+    ):
         """Keep the parts."""
-        self.model, self.processor, self.name, self.sha256 = model, processor, name, sha256
+        self.model, self.processor, self.familiar, self.name, self.sha256 = model, processor, familiar, name, sha256
         self.calibration = calibration or Calibration(model.logit_scale.exp().item(), -1.0)
 
     @property
@@ -86,19 +127,30 @@ class DualEncoder:
         return int(size.get("height") or size["shortest_edge"])
 
     @torch.no_grad()
-    def embed_images(self, images: Sequence[np.ndarray | Image.Image], batch_size: int = 256) -> torch.Tensor:
-        """Return the rows `(n, width)`, float32 on the CPU, of 8-bit images of any sizes; a longer side is cropped."""
+    def features(self, images: Sequence[np.ndarray | Image.Image], batch_size: int = 256) -> torch.Tensor:
+        """Return the pooled features `(n, hidden_size)` of 8-bit images of any sizes; a longer side is cropped."""
         rows = []
         for start in range(0, len(images), batch_size):
             fitted = [fit_image(image, self.resolution) for image in images[start : start + batch_size]]
             pixel_values = self.processor(images=fitted, return_tensors="pt")["pixel_values"]
-            rows.append(self.embed_pixels(pixel_values.to(self.model.device)).cpu())
-        return torch.cat(rows)
+            rows.append(self.model.vision_model(pixel_values=pixel_values.to(self.model.device)).pooler_output.cpu())
+        return torch.cat(rows).float()
 
-    def embed_pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the rows of what the processor makes of images, `(n, channels, resolution, resolution)`."""
-        features = self.model.get_image_features(pixel_values=pixel_values.to(self.model.dtype)).pooler_output
-        return F.normalize(features.float(), dim=1)
+    @torch.no_grad()
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the rows `(n, width)` of pooled features of images."""
+        projection = self.model.visual_projection
+        return F.normalize(projection(features.to(projection.weight)).float().cpu(), dim=1)
+
+    def embed_images(self, images: Sequence[np.ndarray | Image.Image]) -> torch.Tensor:
+        """Return the rows `(n, width)`, float32 on the CPU, of 8-bit images of any sizes; a longer side is cropped."""
+        return self.project(self.features(images))
+
+    def is_familiar(self, features: torch.Tensor) -> torch.Tensor:
+        """Return whether images look like those of the training, bool `(n,)`; all do where nothing was fitted."""
+        if self.familiar is None:
+            return torch.ones(len(features), dtype=torch.bool)
+        return self.familiar.distances(features) <= self.familiar.limit
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str], batch_size: int = 256) -> torch.Tensor:
@@ -138,10 +190,39 @@ def load_dual_encoder(name: str, device: str | None = None) -> DualEncoder:
         with quiet_loading():
             model = VisionTextDualEncoderModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
             processor = AutoProcessor.from_pretrained(folder)
-        file = folder / CALIBRATION
-        fitted = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-        calibration = Calibration(fitted["scale"], fitted["threshold"]) if fitted else None
+        calibration, familiar = _fitted(folder)
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"cannot load the alignment model {name} ({one_line(error)}): get a whole copy") from error
     label = folder.resolve().name if Path(name).expanduser().is_dir() else name
-    return DualEncoder(model.eval().to(device), processor, calibration, label, digest(*weights))
+    return DualEncoder(model.eval().to(device), processor, calibration, familiar, label, digest(*weights))
+
+
+def _fitted(folder: Path) -> tuple[Calibration | None, Familiar | None]:
+    """Return what `write_calibration` has written, None for a file that is not there."""
+    calibration = familiar = None
+    if (folder / CALIBRATION).exists():
+        fitted = json.loads((folder / CALIBRATION).read_text(encoding="utf-8"))
+        calibration = Calibration(fitted["scale"], fitted["threshold"])
+        if (folder / FAMILIAR).exists():
+            familiar = Familiar(**load_file(folder / FAMILIAR), limit=fitted["limit"])
+    return calibration, familiar
+
+
+def write_calibration(folder: Path, encoder: DualEncoder, dataset: str, train, validation) -> None:
+    """Fit calibration and familiarity of a dual encoder, and write them to its folder.
+
+    Args:
+        folder (`Path`): of the model.
+        encoder (`DualEncoder`): as it will be saved.
+        dataset (`str`): name of the set, for the record.
+        train (`tuple[torch.Tensor, torch.Tensor]`): features and labels of training images.
+        validation (`tuple[torch.Tensor, torch.Tensor, torch.Tensor]`): features and labels of validation images, and
+            the embeds of the classes.
+    """
+    features, labels, classes = validation
+    calibration = calibrate(encoder.project(features) @ classes.T, labels)
+    familiar = familiarise(*train, features)
+    record = {**calibration._asdict(), "limit": familiar.limit, "dataset": dataset, "n": len(labels)}
+    (folder / CALIBRATION).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    tensors = {"means": familiar.means, "precision": familiar.precision.contiguous()}
+    save_file(tensors, folder / FAMILIAR)

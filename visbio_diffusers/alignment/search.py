@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,13 +13,13 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from visbio_diffusers.alignment.dual_encoder import DualEncoder
+from visbio_diffusers.data.corpus import split_sentences
 from visbio_diffusers.data.photograph import find_images, read_photograph
 from visbio_diffusers.files import digest, whole_file
 
 
 INDEX_NAME = "visbio-index.safetensors"
 BATCH = 64
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9(])")
 
 
 class Found(NamedTuple):
@@ -95,10 +94,9 @@ def index_corpus(encoder: DualEncoder, corpus: Path, file: Path | None = None) -
             text = row.get("abstract") or row.get("text") or ""
         except (ValueError, AttributeError) as error:
             raise ValueError(f"{corpus} line {number} is no JSON object: mend or remove it") from error
-        for place, sentence in enumerate(_SENTENCE_END.split(f"{row.get('title') or ''} {text}".strip())):
+        for place, sentence in enumerate(split_sentences(f"{row.get('title') or ''} {text}")):
             name = str(row.get("pmid") or f"line {number}")
             entries.append({"pmid": name, "place": place, "sentence": sentence, "corpus": version})
-    entries = [entry for entry in entries if entry["sentence"].strip()]
     if not entries:
         raise ValueError(f"{corpus} holds no texts: each line needs a key abstract or text")
     file = file or corpus.with_name(f"{corpus.stem}-{INDEX_NAME}")
@@ -130,7 +128,7 @@ def _updated(
     missing = [entry for entry, key in zip(wanted, keys, strict=True) if key not in known]
     entries = [entry for entry, key in zip(wanted, keys, strict=True) if key in known]
     rows = [old.rows[[known[key] for key in keys if key in known]]] if entries else []
-    for some in tqdm(list(_batches(missing)), desc=title, disable=len(missing) < 10 * BATCH):
+    for some in tqdm(list(_batches(missing)), desc=title, disable=None if len(missing) > 10 * BATCH else True):
         good, content = [], []
         for entry in some:
             try:

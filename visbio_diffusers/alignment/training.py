@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +12,8 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.nn import functional as distributed
 
-from visbio_diffusers.alignment.dual_encoder import CALIBRATION, DualEncoder, calibrate
-from visbio_diffusers.alignment.zero_shot import caption_ensembles, classify
+from visbio_diffusers.alignment.dual_encoder import DualEncoder, write_calibration
+from visbio_diffusers.alignment.zero_shot import caption_ensembles, class_embeds
 from visbio_diffusers.augmentation import vary_photographs
 from visbio_diffusers.captions import load_bank
 from visbio_diffusers.data import ImageDataset
@@ -23,6 +22,7 @@ from visbio_diffusers.losses import contrastive_loss, sigmoid_contrastive_loss
 
 
 MAX_SCALE = 100.0
+FITS_NOTHING = (-1, 0)  # number of no class, and of no subtype
 
 
 def gather_embeds(accelerator: Accelerator, embeds: torch.Tensor) -> torch.Tensor:
@@ -40,8 +40,8 @@ def alignment_loss(accelerator: Accelerator, kind: str) -> Callable[[nn.Module, 
         accelerator: its autocast is used, its processes share one batch.
         kind (`str`): "clip" or "siglip"; the second needs a parameter `logit_bias` of the model.
 
-    Batches hold `pixel_values`, `input_ids`, `attention_mask`, and the meanings `image_meanings` and
-    `caption_meanings` of `CaptionPairs`.
+    Batches hold `pixel_values`, `input_ids` and `attention_mask` of captions and of texts that fit no image, and the
+    meanings `image_meanings` and `caption_meanings` of `CaptionPairs`, those of such texts being `FITS_NOTHING`.
     """
 
     def loss_fn(model: nn.Module, batch: dict[str, Any]):
@@ -50,7 +50,7 @@ def alignment_loss(accelerator: Accelerator, kind: str) -> Callable[[nn.Module, 
             out = model(batch["input_ids"], images, batch["attention_mask"])
         image_embeds, text_embeds = (gather_embeds(accelerator, each.float()) for each in (out[3], out[2]))
         meanings = (accelerator.gather(batch[name]) for name in ("image_meanings", "caption_meanings"))
-        matching = matching_pairs(*meanings).fill_diagonal_(True)
+        matching = matching_pairs(*meanings)
         bare = accelerator.unwrap_model(model)
         scale = bare.logit_scale.exp()
         if kind == "siglip":
@@ -75,10 +75,12 @@ def clamp_hook(model: nn.Module):
     return hook
 
 
-def write_calibration(folder: Path, encoder: DualEncoder, dataset: ImageDataset) -> None:
-    """Fit the calibration of a dual encoder to validation images with a caption bank, and write it to its folder."""
-    captions = caption_ensembles(load_bank(dataset.bank))
-    embeds = encoder.embed_images([dataset[i]["image"] for i in range(len(dataset))])
-    fitted = calibrate(classify(encoder, embeds, list(captions.values())), torch.as_tensor(dataset.labels))
-    record = {**fitted._asdict(), "dataset": dataset.name, "split": dataset.split, "n": len(dataset)}
-    (folder / CALIBRATION).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+def fit_calibration(folder: Path, encoder: DualEncoder, train: ImageDataset, validation: ImageDataset) -> None:
+    """Fit the calibration of a dual encoder to two splits of a set with a caption bank, and write it to its folder."""
+    seen, unseen = ((_features(encoder, split), torch.as_tensor(split.labels)) for split in (train, validation))
+    classes = class_embeds(encoder, list(caption_ensembles(load_bank(train.bank)).values()))
+    write_calibration(folder, encoder, train.name, seen, (*unseen, classes))
+
+
+def _features(encoder: DualEncoder, dataset: ImageDataset) -> torch.Tensor:
+    return encoder.features([dataset[i]["image"] for i in range(len(dataset))])
