@@ -61,6 +61,27 @@ def tiny_pipeline_dir(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_dual_encoder_dir(tiny_pipeline_dir, tmp_path_factory) -> Path:
+    """Return the folder of a saved dual encoder of real, tiny, untrained parts that looks at 8 pixel images."""
+    import torch
+    from transformers import AutoTokenizer, BertModel, VisionTextDualEncoderModel, VisionTextDualEncoderProcessor
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    from visbio_diffusers import VisBioVisionModel
+    from visbio_diffusers.models.vision_visbio import VisBioVisionConfig
+
+    torch.manual_seed(0)
+    vision = VisBioVisionModel(VisBioVisionConfig(hidden_sizes=[8, 16], depths=[1], image_size=8))
+    text = BertModel.from_pretrained(tiny_pipeline_dir / "text_encoder")
+    folder = tmp_path_factory.mktemp("tiny-dual-encoder")
+    VisionTextDualEncoderModel(vision_model=vision, text_model=text).save_pretrained(folder)
+    images = ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_pipeline_dir / "tokenizer")
+    VisionTextDualEncoderProcessor(images, tokenizer).save_pretrained(folder)
+    return folder
+
+
 def _fill(module, std: float = 0.15):
     """Set all parameters to noise from a seed: none is zero, and no library's initialisation matters."""
     import torch

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from visbio_diffusers.alignment.measures import render_alignment
 from visbio_diffusers.data import list_datasets
 from visbio_diffusers.evaluation.report import cell, render_card_results
 from visbio_diffusers.load import DEFAULT_MODEL, LORA_WEIGHTS
@@ -58,6 +59,38 @@ A text encoder (BERT) for text-to-image models, trained by visbio_diffusers on t
 For `train_text_to_image.py --text_encoder`. It knows the words of its captions and texts; it is no model of language
 for other ends.
 """
+DUAL_ENCODER_ABOUT = """---
+license: unknown
+tags: [biology, synthetic]
+library_name: transformers
+pipeline_tag: zero-shot-image-classification
+---
+
+# {name}
+
+A dual encoder of images and captions (CLIP), trained by visbio_diffusers on {data}. **Not for clinical use.**
+
+```python
+import visbio_diffusers  # its vision model
+from PIL import Image
+from transformers import AutoProcessor, VisionTextDualEncoderModel
+
+model, processor = (each.from_pretrained("{{repo}}") for each in (VisionTextDualEncoderModel, AutoProcessor))
+inputs = processor(text=["a round cell", "a long cell"], images=Image.new("RGB", (28, 28)), return_tensors="pt")
+print(model(**inputs).logits_per_image.softmax(dim=1))
+```
+
+`visbio describe` and `visbio search` take it by `--model`; its calibration and its limits are in `calibration.json`.
+
+## Intended use and limits
+
+For research: naming and finding images like those it was trained on. What it says of others is a guess, which
+`visbio describe` marks as such.
+
+## Data and licences
+
+{licences}
+"""
 USE_PIPELINE = """from diffusers import DiffusionPipeline
 
 import visbio_diffusers  # or without it: from_pretrained(..., custom_pipeline="{repo}", trust_remote_code=True)
@@ -93,6 +126,11 @@ def base_of(folder: Path) -> str | None:
     return None if ours else base
 
 
+def is_dual_encoder(folder: Path) -> bool:
+    """Return whether a folder holds a dual encoder of images and texts."""
+    return _read(folder / "config.json").get("model_type") == "vision-text-dual-encoder"
+
+
 def render_card(folder: Path, repo: str | None = None) -> str:
     """Return the card of a trained pipeline, adapter or text encoder, as its README.md.
 
@@ -112,6 +150,9 @@ def render_card(folder: Path, repo: str | None = None) -> str:
     card = ModelCard(text.replace("{repo}", repo), ignore_metadata_errors=False)
     parts = [card.text.strip(), "## Training\n\n" + training_text(folder, training)]
     results = _read(folder / "results.json")
+    if "summary" in results:
+        parts.append("## Results\n\n" + render_alignment(results).strip())
+        results = {}  # they are none of an image generator
     if results:
         parts.append("## Results\n\n" + render_card_results(results).strip())
     base_results = _read(folder / "base_results.json")
@@ -132,25 +173,29 @@ def _default_about(folder: Path, training: dict, name: str) -> str:
     if not training:
         raise OSError(f"{folder} has neither {TRAINING} nor {ABOUT} to make a card of")
     config = training.get("config", {})
+    sets = {Path(each).stem: licence_of(Path(each).stem) for each in config.get("dataset_name", [])}
+    licences = "; ".join(f"{each}: {licence or 'licence unknown'}" for each, licence in sets.items())
+    licences = licences or "Say here whose images these were, and under which licence."
+    data = ", ".join(sets) or "images of its own"
+    if is_dual_encoder(folder):
+        return DUAL_ENCODER_ABOUT.format(name=name, data=data, licences=licences)
     if not is_adapter(folder) and not has_index(folder):
         texts = [Path(text).stem for text in config.get("corpus", [])]
         banks = " and ".join(config.get("caption_banks", [])) or "its own"
         return ENCODER_ABOUT.format(name=name, data=banks, texts=" and ".join(texts) or "no other texts")
     adapter = is_adapter(folder)
-    sets = {Path(each).stem: licence_of(Path(each).stem) for each in config.get("dataset_name", [])}
     prompts = config.get("validation_prompts") or ["a microscopy image"]
     use = (USE_ADAPTER if adapter else USE_PIPELINE).replace("{prompt}", json.dumps(prompts[0], ensure_ascii=False))
     base = base_of(folder)
     use = use.replace("{import}", "" if base else ", default_model")
     use = use.replace("{base}", json.dumps(base) if base else "default_model()")
-    licences = "; ".join(f"{each}: {licence or 'licence unknown'}" for each, licence in sets.items())
     return DEFAULT_ABOUT.format(
         name=name,
         kind="adapter" if adapter else "model",
-        data=", ".join(sets) or "images of its own",
+        data=data,
         grid="\n![Synthetic images](grid.png)\n" if (folder / "grid.png").exists() else "",
         use=use,
-        licences=licences or "Say here whose images these were, and under which licence.",
+        licences=licences,
     )
 
 

@@ -22,7 +22,7 @@ from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from visbio_diffusers.bundle import bundle
 from visbio_diffusers.captions import BANK_FOLDER, load_bank
-from visbio_diffusers.cards import ABOUT, CARD, TRAINING, base_of, has_index, is_adapter, render_card
+from visbio_diffusers.cards import ABOUT, CARD, TRAINING, base_of, has_index, is_adapter, is_dual_encoder, render_card
 from visbio_diffusers.checkpoints import MANIFEST
 from visbio_diffusers.files import one_line, whole_file
 from visbio_diffusers.generate import LabelledSet, generate_grid, generate_prompts, open_studio
@@ -57,6 +57,12 @@ from visbio_diffusers.load import load_pipeline
 
 pipe, _ = load_pipeline(sys.argv[2], "cpu", lora=sys.argv[1])
 pipe("a cell", num_inference_steps=2)
+"""
+TRY_DUAL_ENCODER = """
+import sys
+from visbio_diffusers.alignment import load_dual_encoder
+
+load_dual_encoder(sys.argv[1], "cpu").embed_texts(["a cell"])
 """
 TRY_ENCODER = """
 import sys
@@ -204,7 +210,7 @@ def check_repo(folder: Path, variant: str | None = None) -> None:
         _try(TRY_ADAPTER, str(folder), str(base))
         return
     if not has_index(folder):
-        _try(TRY_ENCODER, str(folder))
+        _try(TRY_DUAL_ENCODER if is_dual_encoder(folder) else TRY_ENCODER, str(folder))
         return
     drawn = _try(TRY_PIPELINE, str(folder), "package")
     if variant:

@@ -187,9 +187,14 @@ def load_dual_encoder(name: str, device: str | None = None) -> DualEncoder:
         weights = main_weights(folder)
         if not weights:
             raise OSError("it has no .safetensors weights, and others, which can run code, are not loaded")
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+        if kind != "vision-text-dual-encoder":
+            raise ValueError(f"it is a {kind}, and no vision-text-dual-encoder")
         with quiet_loading():
             model = VisionTextDualEncoderModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
             processor = AutoProcessor.from_pretrained(folder)
+        if len(processor.tokenizer) <= len(processor.tokenizer.all_special_tokens):  # a lost vocabulary loads so
+            raise ValueError("its tokenizer has no words")
         calibration, familiar = _fitted(folder)
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"cannot load the alignment model {name} ({one_line(error)}): get a whole copy") from error

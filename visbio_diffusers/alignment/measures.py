@@ -124,3 +124,50 @@ def robustness(
             torch.manual_seed(0)
             found[name] = right(answer(change(pixel_values)), labels)
     return found
+
+
+def render_alignment(results: dict) -> str:
+    """Return the results of train_scripts/evaluate_alignment.py as Markdown tables."""
+    summary, count = results["summary"], len(results["models"])
+    rows = [
+        ("Right class, plain captions", "zero_shot/plain", "supervised"),
+        ("Right class, 64 captions of each", "zero_shot/ensemble", ""),
+        ("Right class, one fresh caption of each as in training", "zero_shot/training_style", ""),
+        ("Right class, one held-out description of each", "zero_shot/heldout", ""),
+        ("Right class, all held-out descriptions", "zero_shot/heldout_ensemble", ""),
+        ("Right among classes and subtypes", "subtypes/zero_shot", "subtypes/supervised"),
+        ("Image to text: the nearest fresh caption is of its class", "retrieval/image_to_text", ""),
+        ("by chance", "retrieval/image_to_text_chance", ""),
+        ("Text to image: the nearest image is of its class", "retrieval/text_to_image", ""),
+        ("Text to image: of the ten nearest", "retrieval/text_to_image_ten", ""),
+        ("by chance", "retrieval/text_to_image_chance", ""),
+        ("Expected calibration error", "calibration_error", ""),
+    ]
+    changes = [(f"Right class, {name}", f"robustness/{name}", f"supervised_robustness/{name}") for name in CHANGES]
+    paths = [path for path in summary if path.startswith("none_of_these/")]
+    rows += [*changes[1:], *((f"None of these, of {path.split('/')[1]}", path, "") for path in paths)]
+    table = [f"| Mean of {count} trainings (standard deviation) | Without labels | Supervised, same vision model |"]
+    table.append("| --- | --- | --- |")
+    table += [f"| {title} | {_cell(summary, path)} | {_cell(summary, beside)} |" for title, path, beside in rows]
+    lines = [*table, "", f"Of all test images of {results['dataset']}; `{results['command']}`"]
+    second = results.get("diffusion_classifier")
+    if second:
+        shares = {name: second[name] for name in ("accuracy", "dual_encoder", "agree", "right_where_they_agree")}
+        said = {
+            name: f"{each['value']:.3f} ({each['low']:.3f} to {each['high']:.3f})" for name, each in shares.items()
+        }
+        lines += [
+            "",
+            f"On {second['accuracy']['n']} of them the generator {second['model']} is right by denoising in "
+            f"{said['accuracy']}, the dual encoder in {said['dual_encoder']}; they agree on {said['agree']}, and are "
+            f"then right in {said['right_where_they_agree']}.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(summary: dict, path: str) -> str:
+    entry = summary.get(path)
+    if entry is None:
+        return "-"
+    spread = "" if entry["spread"] is None else f" ({entry['spread']:.3f})"
+    return f"{entry['mean']:.3f}{spread}"
