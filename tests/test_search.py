@@ -13,17 +13,20 @@ from visbio_diffusers.alignment.search import index_corpus, index_images, neares
 
 
 @pytest.fixture
-def encoder(tiny_dual_encoder_dir):
+def encoder(tiny_dual_encoder_dir, monkeypatch):
     """A dual encoder that counts what it is asked to embed."""
     loaded = load_dual_encoder(str(tiny_dual_encoder_dir), "cpu")
     loaded.asked = 0
-    for name in ("embed_images", "embed_texts"):
 
-        def counted(content, embed=getattr(loaded, name)):
+    def counting(embed):
+        def counted(content):
             loaded.asked += len(content)
             return embed(content)
 
-        setattr(loaded, name, counted)
+        return counted
+
+    for name in ("embed_images", "embed_texts"):
+        monkeypatch.setattr(loaded, name, counting(getattr(loaded, name)))
     return loaded
 
 
