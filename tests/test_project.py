@@ -21,6 +21,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "visbio_diffusers"
 CHECKPOINT = Path("model_cards", "visbio-blood-28")
+CHECKPOINTS = CHECKPOINT, Path("model_cards", "visbio-align-blood")
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted((ROOT / "train_scripts").glob("*.py"))
 
@@ -129,10 +130,10 @@ def wheel(tmp_path_factory) -> Path:
     return Path(next(WheelBuilder(str(ROOT)).build(directory=str(folder), versions=["standard"])))
 
 
-def test_wheel_holds_the_package_and_the_default_checkpoint_and_nothing_else(wheel):
+def test_wheel_holds_the_package_and_the_default_checkpoints_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     package = {relative(path) for path in PACKAGE.rglob("*.*") if path.suffix in (".py", ".yaml", ".j2")}
-    card = {relative(path) for path in (ROOT / CHECKPOINT).rglob("*") if path.is_file()}
+    card = {relative(path) for folder in CHECKPOINTS for path in (ROOT / folder).rglob("*") if path.is_file()}
     assert any(name.endswith("caption_banks/bloodmnist.yaml") for name in package)
     assert any(name.endswith("unet/diffusion_pytorch_model.safetensors") for name in card), "no checkpoint to ship"
     assert names == package | {f"{PACKAGE.name}/{name}" for name in card}

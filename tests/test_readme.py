@@ -81,6 +81,8 @@ def workplace(tmp_path_factory, visbio_data):
     (folder / "my_images" / "metadata.jsonl").write_text(line + line.replace("0001", "0002"))
     with np.load(visbio_data / "medmnist" / "bloodmnist_rebuilt_28.npz") as real:
         few = {name: real[name][:200] for name in real.files if name.endswith(("images", "labels"))}
+    Image.fromarray(few["test_images"][0]).save(folder / "cell.png")
+    (folder / "my_captions.txt").write_text("a monocyte\na basophil\n")
     for name in ("bloodmnist_few", "mine"):
         np.savez(folder / f"{name}.npz", **few)
     return folder
@@ -100,6 +102,7 @@ def test_commands_run_as_written(workplace):
     assert Image.open(workplace / "mine.png").info["synthetic"]
     assert Image.open(workplace / "adapted.png").info["lora"] == "lora"
     report = workplace / "runs" / "report"
+    assert Image.open(workplace / "why.png").width > 400
     assert {"results.json", "results.md", "results.html", "audit"} <= {file.name for file in report.iterdir()}
     assert Image.open(report / "audit" / "closest_pairs.png").width > 900
 

@@ -197,7 +197,7 @@ def main(config: AlignmentConfig) -> int:
     ema = make_ema(accelerator, model, config) if config.use_ema else None
     hooks = [clamp_hook(bare), *([ema_hook(ema, bare)] if ema else [])]
     stream = make_stream(datasets, pairs, processor.tokenizer, accelerator, config)
-    loss_fn = alignment_loss(accelerator, config.loss)
+    loss_fn = alignment_loss(accelerator)
     result = fit(accelerator, model, optimizer, lr_scheduler, stream, loss_fn, config, hooks)
     if accelerator.is_main_process and not result.signum:
         if ema:

@@ -12,11 +12,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
+from transformers import AutoModel
 
 from visbio_diffusers import VisBioPipeline, VisBioUNet, hub
+from visbio_diffusers.alignment.joint import UNetWithHeads, joint_loss
 from visbio_diffusers.checkpoints import save_folder
-from visbio_diffusers.config import parse, run
+from visbio_diffusers.config import flag, parse, run
 from visbio_diffusers.evaluation import environment, write_results
 from visbio_diffusers.load import DEFAULT_MODEL, load_pipeline, load_text_encoder
 from visbio_diffusers.text_to_image import CaptionedImagesConfig, denoising_loss, load_captioned_images
@@ -53,8 +56,17 @@ class TextToImageConfig(CaptionedImagesConfig):
         default="squaredcos_cap_v2", metadata={"help": "how noise grows over the timesteps"}
     )
 
+    alignment_weight: float = flag(0.0, "weight of a contrastive loss between the UNet's bottleneck and the caption")
+    repa_weight: float = flag(0.0, "weight of aligning the tokens of the bottleneck with those of repa_model")
+    repa_model: str = flag("", "folder or Hub id of a vision model, or of a dual encoder with one")
+    repa_mask: float = flag(0.0, "share of the tokens hidden before they are aligned")
+
     def __post_init__(self) -> None:
         """Check the shape of the UNet too."""
+        if min(self.alignment_weight, self.repa_weight) < 0 or not 0 <= self.repa_mask < 1:
+            raise ValueError("alignment_weight and repa_weight must be at least 0, repa_mask in [0, 1)")
+        if bool(self.repa_weight) != bool(self.repa_model):
+            raise ValueError("repa_weight and repa_model go together: give both or neither")
         try:
             shape = json.loads(self.unet_config)
         except ValueError as error:
@@ -63,6 +75,8 @@ class TextToImageConfig(CaptionedImagesConfig):
         if unet_class is None:
             raise ValueError(f"unet_config is for {' or '.join(UNETS)}, got {self.unet_config}")
         known = inspect.signature(unet_class.__init__).parameters
+        if (self.alignment_weight or self.repa_weight) and unet_class is not VisBioUNet:
+            raise ValueError("alignment_weight and repa_weight are for a VisBioUNet")
         if not set(shape) <= set(known):
             raise ValueError(f"unet_config must be a JSON object of {', '.join(known)[6:]}, got {self.unet_config}")
         super().__post_init__()
@@ -129,6 +143,19 @@ def load_pretrained(config: TextToImageConfig, given: dict):
     return pipe.unet.float(), pipe.text_encoder.float(), pipe.tokenizer, scheduler
 
 
+def with_loss(accelerator, unet, scheduler, config: TextToImageConfig):
+    """Return what is trained, the UNet or the UNet with heads, and the loss function for it."""
+    if not config.alignment_weight and not config.repa_weight:
+        return unet, denoising_loss(accelerator, scheduler, config)
+    vision_model, width = None, 0
+    if config.repa_model:
+        vision_model = AutoModel.from_pretrained(config.repa_model, dtype=torch.float32)
+        vision_model = getattr(vision_model, "vision_model", vision_model).requires_grad_(False).eval()
+        vision_model, width = vision_model.to(accelerator.device), vision_model.config.hidden_size
+    trained = UNetWithHeads(unet, width, config.repa_mask)
+    return trained, joint_loss(accelerator, scheduler, config, vision_model)
+
+
 def main(config: TextToImageConfig) -> int:
     """Train, and write the pipeline; return the number of the signal that interrupted it, or 0."""
     accelerator = make_accelerator(config)
@@ -138,15 +165,17 @@ def main(config: TextToImageConfig) -> int:
     logger.info(f"UNet of {unet.num_parameters() / 1e6:.2f} M parameters")
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    optimizer = make_optimizer(unet.parameters(), config)
+    trained, loss_fn = with_loss(accelerator, unet, scheduler, config)
+    optimizer = make_optimizer(trained.parameters(), config)
     lr_scheduler = make_lr_scheduler(optimizer, config)
     if config.compile:
         unet.compile()
-    model, optimizer = accelerator.prepare(unet, optimizer)
+    model, optimizer = accelerator.prepare(trained, optimizer)
     ema = make_ema(accelerator, unet, config) if config.use_ema else None
 
     def pipeline(text_encoder=None, tokenizer=None) -> VisBioPipeline:
         bare = accelerator.unwrap_model(model, keep_torch_compile=False)
+        bare = getattr(bare, "unet", bare)
         return VisBioPipeline(
             unet=bare, scheduler=make_sampler(scheduler), text_encoder=text_encoder, tokenizer=tokenizer
         )
@@ -156,7 +185,6 @@ def main(config: TextToImageConfig) -> int:
     hooks = [validation_hook(accelerator, pipeline, images.embed, ema, *drawn)]
     if ema:
         hooks.insert(0, ema_hook(ema, unet))
-    loss_fn = denoising_loss(accelerator, scheduler, config)
     result = fit(accelerator, model, optimizer, lr_scheduler, images.stream, loss_fn, config, hooks)
     if accelerator.is_main_process and not result.signum:
         if ema:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 
 from visbio_diffusers.captions import load_bank
 from visbio_diffusers.config import flag
 from visbio_diffusers.data import ImageDataset, caption_pools, training_batches
+from visbio_diffusers.data.pools import label_key
 from visbio_diffusers.image_sets import ImageSetsConfig, load_image_sets
 from visbio_diffusers.losses import diffusion_loss, snr_weights
 from visbio_diffusers.text import EmbeddingCache
@@ -89,9 +92,21 @@ def _stream(datasets, caption_fn, embed: EmbeddingCache, accelerator: Accelerato
             dropped = np.random.default_rng([config.seed, index, rank, 1]).random(config.train_batch_size)
             texts = ["" if u < config.caption_dropout else text for u, text in zip(dropped, batch["captions"])]
             states, mask = embed(texts)
-            yield {"pixel_values": batch["pixel_values"], "encoder_hidden_states": states, "mask": mask}
+            groups = [_group(datasets, *each) for each in zip(batch["sources"], batch["labels"], texts)]
+            yield {
+                "pixel_values": batch["pixel_values"],
+                "encoder_hidden_states": states,
+                "mask": mask,
+                "groups": torch.tensor(groups),
+            }
 
     return stream
+
+
+def _group(datasets, source: tuple[int, int], label, caption: str) -> int:
+    """Return a number that is the same for images of one class, or without classes of one caption; -1 without any."""
+    own = datasets[source[0]].bank or source[0]
+    return zlib.crc32(repr((own, caption if label is None else label_key(label))).encode()) if caption else -1
 
 
 def _plain_captions(datasets: list[ImageDataset]) -> list[str]:

@@ -33,12 +33,39 @@ def gather_embeds(accelerator: Accelerator, embeds: torch.Tensor) -> torch.Tenso
     return embeds if accelerator.num_processes == 1 else torch.cat(distributed.all_gather(embeds.contiguous()))
 
 
-def alignment_loss(accelerator: Accelerator, kind: str) -> Callable[[nn.Module, dict[str, Any]], tuple]:
-    """Return the loss function for `fit`.
+def shared_loss(
+    accelerator: Accelerator,
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    meanings: tuple[torch.Tensor, torch.Tensor],
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the contrastive loss of the batches of all processes together, the same on each.
 
     Args:
-        accelerator: its autocast is used, its processes share one batch.
-        kind (`str`): "clip" or "siglip"; the second needs a parameter `logit_bias` of the model.
+        accelerator (`Accelerator`): of the processes.
+        image_embeds (`torch.Tensor` of shape `(n, width)`), text_embeds (`(m, width)`): of this process, of length 1.
+        meanings (`tuple` of `torch.Tensor`, `(n, 2)` and `(m, 2)`): of images and texts, see `CaptionPairs`.
+        scale (`torch.Tensor`): factor of the cosines.
+        bias (`torch.Tensor`, *optional*): takes SigLIP's loss in the place of CLIP's.
+
+    Returns:
+        The loss, and the share of images whose nearest text fits.
+    """
+    image_embeds, text_embeds = (gather_embeds(accelerator, each.float()) for each in (image_embeds, text_embeds))
+    matching = matching_pairs(*(accelerator.gather(each) for each in meanings))
+    if bias is None:
+        loss = contrastive_loss(image_embeds, text_embeds, scale, matching)
+    else:
+        loss = sigmoid_contrastive_loss(image_embeds, text_embeds, scale, bias, matching)
+    with torch.no_grad():
+        nearest = (image_embeds @ text_embeds.T).argmax(dim=1, keepdim=True)
+    return loss, matching.gather(1, nearest).float().mean()
+
+
+def alignment_loss(accelerator: Accelerator) -> Callable[[nn.Module, dict[str, Any]], tuple]:
+    """Return the loss function for `fit` on a `VisionTextDualEncoderModel`; one with a `logit_bias` gets SigLIP's.
 
     Batches hold `pixel_values`, `input_ids` and `attention_mask` of captions and of texts that fit no image, and the
     meanings `image_meanings` and `caption_meanings` of `CaptionPairs`, those of such texts being `FITS_NOTHING`.
@@ -46,20 +73,11 @@ def alignment_loss(accelerator: Accelerator, kind: str) -> Callable[[nn.Module, 
 
     def loss_fn(model: nn.Module, batch: dict[str, Any]):
         with accelerator.autocast():
-            images = vary_photographs(batch["pixel_values"])
-            out = model(batch["input_ids"], images, batch["attention_mask"])
-        image_embeds, text_embeds = (gather_embeds(accelerator, each.float()) for each in (out[3], out[2]))
-        meanings = (accelerator.gather(batch[name]) for name in ("image_meanings", "caption_meanings"))
-        matching = matching_pairs(*meanings)
+            out = model(batch["input_ids"], vary_photographs(batch["pixel_values"]), batch["attention_mask"])
         bare = accelerator.unwrap_model(model)
-        scale = bare.logit_scale.exp()
-        if kind == "siglip":
-            loss = sigmoid_contrastive_loss(image_embeds, text_embeds, scale, bare.logit_bias, matching)
-        else:
-            loss = contrastive_loss(image_embeds, text_embeds, scale, matching)
-        with torch.no_grad():
-            nearest = (image_embeds @ text_embeds.T).argmax(dim=1, keepdim=True)
-            found = matching.gather(1, nearest).float().mean()
+        meanings, scale = (batch["image_meanings"], batch["caption_meanings"]), bare.logit_scale.exp()
+        bias = getattr(bare, "logit_bias", None)
+        loss, found = shared_loss(accelerator, out.image_embeds, out.text_embeds, meanings, scale, bias)
         return loss, {"found": found, "logit_scale": scale.detach()}
 
     return loss_fn
