@@ -19,7 +19,7 @@ from visbio_diffusers.data import fit_image
 from visbio_diffusers.data.photograph import find_images, read_photograph
 from visbio_diffusers.files import one_line
 from visbio_diffusers.grid import save_png
-from visbio_diffusers.load import default_model, load_pipeline, recorded_facts
+from visbio_diffusers.load import default_model, load_pipeline
 
 
 DEFAULT_ENCODER = "visbio-align-blood"
@@ -55,12 +55,10 @@ def describe_files(
     files = find_images(places)
     if explain and len(files) != 1:
         raise ValueError(f"--explain is for one image, got {len(files)}: name one")
-    name = model or str(default_model(DEFAULT_ENCODER))
-    encoder = load_dual_encoder(name, device)
-    bank = recorded_facts(Path(name).expanduser()).get("caption_banks", "").split(", ")[0]
-    if not captions and not bank:
+    encoder = load_dual_encoder(model or str(default_model(DEFAULT_ENCODER)), device)
+    if not captions and not encoder.caption_bank:
         raise ValueError(f"the model {encoder.name} does not say which captions it knows: give --captions")
-    candidates = read_candidates(captions or bank, subtypes)
+    candidates = read_candidates(captions or encoder.caption_bank, subtypes)
     read = 0
     for start in range(0, len(files), BATCH):
         images, mistakes = _read_all(files[start : start + BATCH], encoder.resolution)

@@ -20,7 +20,7 @@ from transformers import AutoProcessor, VisionTextDualEncoderModel
 
 from visbio_diffusers.data import fit_image
 from visbio_diffusers.files import digest, one_line
-from visbio_diffusers.load import check_device, download_files, main_weights, quiet_loading
+from visbio_diffusers.load import check_device, download_files, main_weights, quiet_loading, recorded_facts
 
 
 CALIBRATION, FAMILIAR = "calibration.json", "familiar.safetensors"
@@ -105,6 +105,7 @@ class DualEncoder:
         calibration (`Calibration`, *optional*): the model's own scale, and no threshold, where it has none.
         familiar (`Familiar`, *optional*): how to know images of other things.
         name, sha256 (`str`): what it is, and the digest of its weights.
+        caption_bank (`str`): the bank whose captions it knows, empty where it has learned others.
     """
 
     def __init__(
@@ -115,9 +116,11 @@ class DualEncoder:
         familiar: Familiar | None = None,
         name: str = "",
         sha256: str = "",
+        caption_bank: str = "",
     ):
         """Keep the parts."""
-        self.model, self.processor, self.familiar, self.name, self.sha256 = model, processor, familiar, name, sha256
+        self.model, self.processor, self.familiar = model, processor, familiar
+        self.name, self.sha256, self.caption_bank = name, sha256, caption_bank
         self.calibration = calibration or Calibration(model.logit_scale.exp().item(), -1.0)
 
     @property
@@ -199,7 +202,8 @@ def load_dual_encoder(name: str, device: str | None = None) -> DualEncoder:
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"cannot load the alignment model {name} ({one_line(error)}): get a whole copy") from error
     label = folder.resolve().name if Path(name).expanduser().is_dir() else name
-    return DualEncoder(model.eval().to(device), processor, calibration, familiar, label, digest(*weights))
+    bank = recorded_facts(folder).get("caption_banks", "").split(", ")[0]
+    return DualEncoder(model.eval().to(device), processor, calibration, familiar, label, digest(*weights), bank)
 
 
 def _fitted(folder: Path) -> tuple[Calibration | None, Familiar | None]:
