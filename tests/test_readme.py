@@ -29,6 +29,7 @@ SMALL = {
     "benchmark.py": f"{FEW} --max_train_steps 2 --generator_preset tiny",
     "evaluate_low_data.py": "--per_class 10 --synthetic_per_class 1 --generator_steps 2 --generator_preset tiny"
     " --classifier_steps 2 --seeds 0",
+    "evaluate_alignment.py": "--supervised_steps 2 --num_generator_images 2",
     "visbio evaluate": f"{FEW} --num_inference_steps 2 --evaluator_steps 2 --cas_steps 2",
     "visbio audit": "--num_images 16 --num_members 16",
     "train_scripts/train_": "--max_train_steps 2 --train_batch_size 2 --report_to none --validation_steps 0"
@@ -74,6 +75,9 @@ def workplace(tmp_path_factory, visbio_data):
     (folder / "data").symlink_to(visbio_data)
     (folder / "my").mkdir()
     (folder / "my" / "pipeline").symlink_to(ROOT / "model_cards" / "visbio-blood-28")
+    for number in (1, 2):  # of the other trainings that the card of the dual encoder tells of
+        (folder / "runs" / f"align-{number}").mkdir(parents=True)
+        (folder / "runs" / f"align-{number}" / "alignment").symlink_to(ROOT / "model_cards" / "visbio-align-blood")
     (folder / "my_images").mkdir()
     for number in (1, 2):
         Image.new("RGB", (64, 64), (90 * number, 0, 90)).save(folder / "my_images" / f"{number:04d}.png")

@@ -69,7 +69,7 @@ def test_only_what_is_new_or_changed_is_embedded(encoder, folder):
 def test_unreadable_images_are_left_out_by_name(encoder, folder, capsys):
     (folder / "broken.png").write_bytes(b"no image")
     assert len(index_images(encoder, folder).entries) == 3
-    assert "left out: cannot read image" in capsys.readouterr().out
+    assert "left out: cannot read image" in capsys.readouterr().err
     for name in ("a.png", "b.png", "inner/c.png"):
         (folder / name).unlink()
     with pytest.raises(ValueError, match="nothing for the index .* could be read"):

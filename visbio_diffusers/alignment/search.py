@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -135,7 +136,7 @@ def _updated(
                 content.append(read(entry))
                 good.append(entry)
             except ValueError as error:
-                tqdm.write(f"left out: {error}")
+                tqdm.write(f"left out: {error}", file=sys.stderr)
         if good:
             rows.append(embed(content))
             entries += good
