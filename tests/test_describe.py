@@ -126,7 +126,9 @@ def test_search_by_text_by_image_and_in_abstracts(model, image, tmp_path, capsys
     corpus.write_text('{"pmid": "7", "abstract": "Red cells. Blue cells."}\n')
     code, lines, _ = run(capsys, "search", "--image", image, "--corpus", corpus, "--model", model)
     assert code == 0 and lines[0].split()[1] == "7" and lines[0].endswith("cells.")
-    assert run(capsys, "search", "blue cells", "--corpus", corpus, "--model", model)[0] == 0
+    with pytest.raises(SystemExit, match="2"):
+        main(["search", "blue cells", "--corpus", str(corpus)])
+    assert "--corpus is searched by --image" in capsys.readouterr().err
     assert "the query is empty" in run(capsys, "search", " ", place, "--model", model)[2]
     with pytest.raises(SystemExit, match="2"):
         main(["search", str(place)])

@@ -40,7 +40,7 @@ Images are PNG, JPEG, TIFF and others, of any size; the middle square is looked 
 transparent parts lie on white, values of more than 8 bits are stretched from their 1st to their 99.8th percentile."""
 
 SEARCH_HELP = """\
-Find images by a text, or by an image; or abstracts by either.
+Find images by a text, or by an image; or abstracts by an image.
 
   visbio search "a cell full of orange granules" my_folder
   visbio search --image cell.png my_folder
@@ -257,6 +257,8 @@ def _describe(args: argparse.Namespace) -> None:
 
 
 def _search(args: argparse.Namespace) -> None:
+    if args.corpus and not args.image:
+        args.error("--corpus is searched by --image: its sentences are compared with what an image shows")
     wanted = ([] if args.image else ["QUERY"]) + ([] if args.corpus else ["FOLDER"])
     if len(args.places) != len(wanted):
         args.error(f"give {' and '.join(wanted) or 'nothing'} beside the flags, got {len(args.places)} arguments")
