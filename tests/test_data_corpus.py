@@ -6,7 +6,7 @@ from visbio_diffusers.data.corpus import foreign_sentences, read_corpus, split_s
 
 
 def test_files_of_each_kind(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"abstract": "one"}\n{"text": "two"}\n')
+    (tmp_path / "a.jsonl").write_text('{"abstract": "one"}\n\n{"text": "two"}\n')
     (tmp_path / "b.csv").write_text("caption\none\n")
     (tmp_path / "c.txt").write_text("one\n\ntwo\n")
     assert [read_corpus(str(tmp_path / name)) for name in ("a.jsonl", "b.csv", "c.txt")] == [
@@ -16,7 +16,8 @@ def test_files_of_each_kind(tmp_path):
     ]
     with pytest.raises(FileNotFoundError, match="no corpus file"):
         read_corpus(str(tmp_path / "gone.txt"))
-    for name, content, message in (("d.jsonl", "{", "a line that is no JSON"), ("e.csv", "a\n1\n", "holds no text")):
+    wrong = {"d.jsonl": ("\n[]\n", "d.jsonl line 2 is no JSON object"), "e.csv": ("a\n1\n", "holds no text")}
+    for name, (content, message) in wrong.items():
         (tmp_path / name).write_text(content)
         with pytest.raises(ValueError, match=message):
             read_corpus(str(tmp_path / name))

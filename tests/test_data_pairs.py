@@ -59,6 +59,8 @@ def test_captions_of_ones_own_fit_images_with_the_very_same_one():
         [0, 0],
         [0, 1],
     ]
+    again = CaptionPairs([named, make_set([1, 0], class_names=("long", "round"))], 8, seed=0)
+    assert torch.equal(again.of_images([(0, 0), (0, 1)]), again.of_images([(1, 0), (1, 1)]))  # by name, not by number
     with pytest.raises(ValueError, match="x has no captions: choose with --caption_column"):
         CaptionPairs([make_set([0])], 8, seed=0)
 

@@ -32,6 +32,20 @@ def test_grey_colour_palette_and_transparency(tmp_path):
     assert read(tmp_path / "palette.png").tolist() == [[[0] * 3, [255] * 3]] * 2
 
 
+def test_tiffs_of_other_programs(tmp_path):
+    colour = np.stack([RAMP, RAMP[::-1], 255 - RAMP], axis=2)
+    for compression in ("tiff_lzw", "tiff_deflate"):
+        Image.fromarray(colour).save(tmp_path / "packed.tif", compression=compression)
+        assert np.array_equal(read(tmp_path / "packed.tif"), colour)
+    clear = Image.fromarray(np.dstack([colour, np.zeros((8, 8), np.uint8)]))
+    clear.save(tmp_path / "clear.tif")
+    assert (read(tmp_path / "clear.tif") == 255).all()
+    tifffile.imwrite(tmp_path / "white.tif", RAMP, photometric="miniswhite")
+    assert np.array_equal(read(tmp_path / "white.tif")[:, :, 0], 255 - RAMP)
+    tifffile.imwrite(tmp_path / "deep.tif", colour.astype(np.uint16) * 100, photometric="rgb")
+    assert read(tmp_path / "deep.tif")[:, :, 2].max() == 255
+
+
 def test_more_bits_are_stretched_whatever_their_range(tmp_path):
     twelve = RAMP.astype(np.uint16) * 16 + 100
     Image.fromarray(twelve).save(tmp_path / "a.png")
@@ -82,6 +96,9 @@ def test_images_of_folders(tmp_path):
         (tmp_path / name).touch()
     found = [path.relative_to(tmp_path).as_posix() for path in find_images([tmp_path / "b.png", tmp_path])]
     assert found == ["b.png", "a.TIF", "b.png", "inner/c.jpg"]
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nothing")
+    assert len(find_images([tmp_path])) == 3
     (tmp_path / "none").mkdir()
     with pytest.raises(FileNotFoundError, match="no images in .*none"):
         find_images([tmp_path / "none"])

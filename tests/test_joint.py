@@ -76,6 +76,8 @@ def test_token_distance_by_hand():
     cosines = [torch.cosine_similarity(predicted[i], targets[i], dim=1).mean() for i in (0, 2)]
     torch.testing.assert_close(token_distance(predicted, targets, visible), 1 - sum(cosines) / 2)
     assert token_distance(predicted, targets, visible & False) == 0
+    with_class_token = torch.cat([torch.randn(3, 1, 5), torch.ones(3, 16, 5) * torch.arange(1, 6)], dim=1)
+    assert token_distance(with_class_token[:, 1:5], with_class_token.to(torch.bfloat16), visible).abs() < 1e-2
     constant = torch.ones(3, 16, 5) * torch.arange(1, 6)
     torch.testing.assert_close(
         token_distance(constant[:, :4], constant, visible), torch.tensor(0.0), rtol=0, atol=1e-6
@@ -93,6 +95,7 @@ def test_hidden_tokens_are_filled_in_from_the_others():
 def test_heads_see_the_bottleneck(tiny_unet):
     unet = tiny_unet()
     model = UNetWithHeads(unet, vision_width=6)
+    assert not any("head" in name for name, _ in UNetWithHeads(tiny_unet(), captions=False).named_parameters())
     text = torch.randn(2, 3, 24)
     out = model(torch.randn(2, 3, 16, 16), torch.tensor([3, 5]), text, return_dict=False)[0]
     assert out.shape == (2, 3, 16, 16) and model.tokens.shape == (2, 16, 48)

@@ -107,6 +107,9 @@ def test_abstracts_by_their_nearest_sentence(encoder, tmp_path):
     asked = encoder.asked
     index_corpus(encoder, corpus)
     assert encoder.asked == asked and (tmp_path / "texts-visbio-index.safetensors").exists()
+    assert index_corpus(encoder, corpus).entries[0]["corpus"]
+    corpus.write_text('{"abstract": "With a\u2028line separator."}\n\n')
+    assert len(index_corpus(encoder, corpus).entries) == 1
     corpus.write_text("{")
     with pytest.raises(ValueError, match="texts.jsonl line 1 is no JSON object"):
         index_corpus(encoder, corpus)

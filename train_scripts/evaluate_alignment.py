@@ -98,6 +98,8 @@ def measure(encoder: DualEncoder, config: EvaluateAlignmentConfig, seed: int) ->
     """Return all measures of one dual encoder; classifiers beside it are trained from `seed`."""
     side, bank_name = encoder.resolution, config.caption_bank or None
     test = load_image_dataset(config.dataset_name, "test", resolution=side, caption_bank=bank_name)
+    if test.bank is None or test.labels.ndim != 1:
+        raise ValueError(f"{test.name} needs a caption bank of one class an image: give --caption_bank")
     bank, labels = load_bank(test.bank), torch.as_tensor(test.labels)
     images = pixels_of(test)
     pixel_values, captions = to_pixel_values(images), list(caption_ensembles(bank).values())
@@ -135,7 +137,7 @@ def none_of_these(encoder: DualEncoder, images: np.ndarray, captions: list[list[
 
 def pooled(encoder: DualEncoder, pixel_values: torch.Tensor) -> torch.Tensor:
     """Return the pooled features of what the processor makes of images."""
-    return encoder.model.vision_model(pixel_values=pixel_values).pooler_output
+    return encoder.model.vision_model(pixel_values=pixel_values.to(encoder.model.device)).pooler_output.cpu()
 
 
 def measure_subtypes(encoder: DualEncoder, config: EvaluateAlignmentConfig, bank_name: str, seed: int) -> dict:

@@ -7,7 +7,7 @@ The folder OUTPUT_DIR/alignment loads with `transformers.VisionTextDualEncoderMo
 
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,6 +71,8 @@ class AlignmentConfig(ImageSetsConfig):
                 "gradient_accumulation_steps must be 1: a pair is told from the others of its micro-batch alone, so "
                 "accumulated ones are no larger batch; raise --train_batch_size, or launch more processes"
             )
+        if self.gradient_checkpointing:
+            raise ValueError("gradient_checkpointing is not for dual encoders, which are small")
         if not 0 <= self.corpus_share <= 1:
             raise ValueError(f"corpus_share must be in [0, 1], got {self.corpus_share}")
         if len(self.hidden_sizes) != len(self.depths) + 1:
@@ -93,8 +95,13 @@ PRESETS = {
 def make_dual_encoder(config: AlignmentConfig) -> tuple[VisionTextDualEncoderModel, VisionTextDualEncoderProcessor]:
     """Return the two towers, with new projections, and their processor."""
     text_model, tokenizer = load_text_encoder(config.text_encoder)
+    if getattr(text_model, "pooler", None) is None:
+        raise ValueError(f"text_encoder {config.text_encoder} has no pooler: choose a BERT")
     if config.vision_model:
         vision_model = AutoModel.from_pretrained(config.vision_model, dtype=torch.float32)
+        vision_model = getattr(vision_model, "vision_model", vision_model)  # of a CLIP
+        if not isinstance(getattr(vision_model.config, "hidden_size", None), int):
+            raise ValueError(f"vision_model {config.vision_model} has no hidden_size: choose a ViT, or a CLIP")
     else:
         shape = {"hidden_sizes": config.hidden_sizes, "depths": config.depths, "image_size": config.resolution}
         vision_model = VisBioVisionModel(VisBioVisionConfig(**shape))
@@ -149,33 +156,33 @@ def make_stream(datasets, pairs: CaptionPairs, tokenizer, accelerator, config: A
     return stream
 
 
-def save_alignment(model, processor, config: AlignmentConfig, datasets) -> Path:
+def save_alignment(model, processor, config: AlignmentConfig, datasets, validation) -> Path:
     """Write the model with its calibration to OUTPUT_DIR/alignment, whole or not at all, and return that."""
     if config.loss == "siglip":
         model.config.logit_bias = model.logit_bias.item()
         del model.logit_bias
-    validation = _validation_set(config, datasets)
 
     def write(folder: Path) -> None:
         if validation is not None:
             fit_calibration(folder, DualEncoder(model.eval(), processor), datasets[0], validation)
         (model.half() if config.save_dtype == "fp16" else model).save_pretrained(folder)
         processor.save_pretrained(folder)
-        banks = sorted({dataset.bank for dataset in datasets if dataset.bank})
+        banks = list(dict.fromkeys(dataset.bank for dataset in datasets if dataset.bank))  # the first was calibrated
         write_results({**environment(), "config": asdict(config), "caption_banks": banks}, folder / "training.json")
 
     return save_folder(Path(config.output_dir, "alignment"), write)
 
 
-def _validation_set(config: AlignmentConfig, datasets):
+def validation_set(config: AlignmentConfig, datasets):
     """Return the validation split of the first set, None where it has no such split or no bank of one class each."""
-    if datasets[0].bank is None or datasets[0].labels.ndim != 1:
-        return None
-    try:
-        return load_image_sets(config, 3, "val")[0]
-    except ValueError as error:
-        logger.warning(f"no calibration, as there are no validation images: {error}")
-        return None
+    reason = "the first set has no caption bank of one class an image"
+    if datasets[0].bank is not None and datasets[0].labels.ndim == 1:
+        try:
+            return load_image_sets(replace(config, dataset_name=config.datasets[:1], train_data_dir=""), 3, "val")[0]
+        except ValueError as error:
+            reason = str(error)
+    logger.warning(f"neither calibrated nor able to say that none of its captions fits: {reason}")
+    return None
 
 
 def main(config: AlignmentConfig) -> int:
@@ -184,6 +191,7 @@ def main(config: AlignmentConfig) -> int:
     repo_id = hub.repo_of_training(config, accelerator.is_main_process)
     bare, processor = make_dual_encoder(config)
     datasets = load_image_sets(config, 3)
+    validation = validation_set(config, datasets) if accelerator.is_main_process else None
     pairs = CaptionPairs(datasets, config.captions_per_class, config.seed)
     logger.info(
         f"{sum(map(len, datasets))} images, {sum(map(len, pairs.pools.values()))} captions; parameters: vision "
@@ -202,7 +210,7 @@ def main(config: AlignmentConfig) -> int:
     if accelerator.is_main_process and not result.signum:
         if ema:
             ema.copy_to(trainable(bare))
-        hub.finish_training(save_alignment(bare, processor, config, datasets), config, repo_id)
+        hub.finish_training(save_alignment(bare, processor, config, datasets, validation), config, repo_id)
     accelerator.end_training()
     return result.signum
 

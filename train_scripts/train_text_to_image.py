@@ -151,8 +151,10 @@ def with_loss(accelerator, unet, scheduler, config: TextToImageConfig):
     if config.repa_model:
         vision_model = AutoModel.from_pretrained(config.repa_model, dtype=torch.float32)
         vision_model = getattr(vision_model, "vision_model", vision_model).requires_grad_(False).eval()
-        vision_model, width = vision_model.to(accelerator.device), vision_model.config.hidden_size
-    trained = UNetWithHeads(unet, width, config.repa_mask)
+        vision_model, width = vision_model.to(accelerator.device), getattr(vision_model.config, "hidden_size", None)
+        if not isinstance(width, int) or unet.config.in_channels != 3:
+            raise ValueError(f"repa_model {config.repa_model} gives no tokens of one width, or images are grey")
+    trained = UNetWithHeads(unet, bool(config.alignment_weight), width, config.repa_mask)
     return trained, joint_loss(accelerator, scheduler, config, vision_model)
 
 

@@ -265,9 +265,12 @@ def _search(args: argparse.Namespace) -> None:
     given = dict(zip(wanted, args.places, strict=True))
     from visbio_diffusers.alignment import command
 
-    place = args.corpus or Path(given["FOLDER"])
-    query = args.image or given["QUERY"]
-    for line in command.search_place(query, place, args.model, args.top, args.index, args.device):
+    settings = args.model, args.top, args.index, args.device
+    if args.corpus:
+        lines = command.search_corpus(args.image, args.corpus, *settings)
+    else:
+        lines = command.search_folder(args.image or given["QUERY"], Path(given["FOLDER"]), *settings)
+    for line in lines:
         _say(line)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from visbio_diffusers import VisBioPipeline
 from visbio_diffusers.alignment.describe import Description, describe, read_candidates
 from visbio_diffusers.alignment.diffusion_classifier import denoising_evidence
 from visbio_diffusers.alignment.dual_encoder import DualEncoder, load_dual_encoder
@@ -59,6 +59,7 @@ def describe_files(
     if not captions and not encoder.caption_bank:
         raise ValueError(f"the model {encoder.name} does not say which captions it knows: give --captions")
     candidates = read_candidates(captions or encoder.caption_bank, subtypes)
+    asked = _load_generator(generator, device) if explain else None
     read = 0
     for start in range(0, len(files), BATCH):
         images, mistakes = _read_all(files[start : start + BATCH], encoder.resolution)
@@ -71,10 +72,18 @@ def describe_files(
         for file, each in zip(images, said, strict=True):
             yield from _lines(str(file), each, list(candidates), top)
         if explain:
-            embed, asked = encoder.project(features)[0], (generator, device)
+            embed = encoder.project(features)[0]
             yield from _explanation(encoder, images[files[0]], embed, said[0], candidates, explain, *asked)
     if not read:
         raise ValueError(f"no image could be read of {len(files)}: see above, and replace or remove them")
+
+
+def _load_generator(generator: str | None, device: str | None) -> tuple[VisBioPipeline, str]:
+    """Return the pipeline that gives the second opinion, and its name."""
+    pipe, facts = load_pipeline(generator, device)
+    if not isinstance(pipe, VisBioPipeline) or pipe.unet.config.in_channels != 3:
+        raise ValueError(f"the generator {facts['model']} is no VisBioPipeline of colour images: name another")
+    return pipe, facts["model"]
 
 
 def _read_all(files: list[Path], resolution: int) -> tuple[dict[Path, np.ndarray], list[str]]:
@@ -104,8 +113,8 @@ def _explanation(
     said: Description,
     candidates: dict[str, list[str]],
     output: Path,
-    generator: str | None,
-    device: str | None,
+    pipe: VisBioPipeline,
+    generator: str,
 ) -> Iterator[str]:
     """Write the picture of what decided, and yield the words, the runner-up, and the generator's opinion."""
     names = list(candidates)
@@ -120,45 +129,64 @@ def _explanation(
         best = wordings[int((encoder.embed_texts(wordings) @ embed).argmax())]
         words = sorted(deciding_words(encoder, embed, best), key=lambda pair: -pair[1])[:4]
         yield f"words {title}: " + ", ".join(f"{word} {weight:+.3f}" for word, weight in words) + f"  (of: {best})"
-    pipe, facts = load_pipeline(generator, device)
     side = pipe.unet.config.sample_size
     pixels = torch.as_tensor(np.array(fit_image(image, side))).permute(2, 0, 1)[None].float() / 127.5 - 1
     evidence = denoising_evidence(pipe, pixels, names)[0]
     order = evidence.argsort()
     yield (
-        f"second opinion, {facts['model']} denoises it best as: {names[int(order[0])]}; next: {names[int(order[1])]} "
+        f"second opinion, {generator} denoises it best as: {names[int(order[0])]}; next: {names[int(order[1])]} "
         f"({'the same' if names[int(order[0])] == winner else 'another'} answer)"
     )
     yield f"places: {output}"
 
 
-def search_place(
+def search_folder(
     query: str | Path,
-    place: Path,
+    folder: Path,
     model: str | None = None,
     top: int = 5,
     index: Path | None = None,
     device: str | None = None,
 ) -> Iterator[str]:
-    """Yield the images of a folder, or the abstracts of a file, that are nearest to a text or an image.
+    """Yield the images below a folder that are nearest to a text or an image, with their cosines.
 
     Args:
         query (`str` or `Path`): a text, or the path of an image.
-        place (`Path`): a folder of images, or a file of abstracts; see [`index_images`] and [`index_corpus`].
+        folder (`Path`): see [`index_images`].
         model, device: see [`describe_files`].
         top (`int`): results.
         index (`Path`, *optional*): file of the index.
 
     Raises:
-        FileNotFoundError, ValueError, OSError: see [`index_images`], [`index_corpus`] and [`read_photograph`].
+        FileNotFoundError, ValueError, OSError: see [`index_images`] and [`read_photograph`].
     """
     encoder = load_dual_encoder(model or str(default_model(DEFAULT_ENCODER)), device)
     if isinstance(query, str) and not query.strip():
         raise ValueError("the query is empty: say what to look for")
     row = encoder.embed_texts([query]) if isinstance(query, str) else encoder.embed_images([read_photograph(query)])
-    if place.is_file():
-        for found in search_texts(index_corpus(encoder, place, index), row[0], top):
-            yield f"{found.cosine:.3f}  {json.dumps(found.place)[1:-1]}  {found.text}"
-        return
-    for entry, cosine in nearest(index_images(encoder, place, index), row[0], top):
-        yield f"{cosine:.3f}  {place / entry['file']}"
+    for entry, cosine in nearest(index_images(encoder, folder, index), row[0], top):
+        yield f"{cosine:.3f}  {folder / entry['file']}"
+
+
+def search_corpus(
+    image: Path,
+    corpus: Path,
+    model: str | None = None,
+    top: int = 5,
+    index: Path | None = None,
+    device: str | None = None,
+) -> Iterator[str]:
+    """Yield the abstracts of a file with the sentences nearest to an image: cosine, PMID, sentence.
+
+    Args:
+        image (`Path`): of the image.
+        corpus (`Path`): see [`index_corpus`].
+        model, top, index, device: see [`search_folder`].
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: see [`index_corpus`] and [`read_photograph`].
+    """
+    encoder = load_dual_encoder(model or str(default_model(DEFAULT_ENCODER)), device)
+    row = encoder.embed_images([read_photograph(image)])[0]
+    for found in search_texts(index_corpus(encoder, corpus, index), row, top):
+        yield f"{found.cosine:.3f}  {found.place}  {found.text}"

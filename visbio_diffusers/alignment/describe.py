@@ -41,15 +41,16 @@ def read_candidates(source: str, subtypes: bool = False) -> dict[str, list[str]]
         ValueError: if it holds no captions, or the name is no bank's.
     """
     path = Path(source)
-    if path.suffix not in (".txt", ".csv"):
+    if path.suffix.lower() not in (".txt", ".csv"):
         return {wordings[0]: wordings for wordings in caption_ensembles(load_bank(source), subtypes).values()}
     if not path.is_file():
         raise FileNotFoundError(f"no file {source}: check the path")
-    with path.open(encoding="utf-8", newline="") as file:
-        if path.suffix == ".txt":
-            rows = [{"caption": line} for line in file]
-        else:
-            rows = list(csv.DictReader(file))
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = path.suffix.lower() == ".txt"
+            rows = [{"caption": line} for line in file] if lines else list(csv.DictReader(file))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {source} ({error}): write it anew, in UTF-8") from error
     if rows and not {"caption", "text"} & set(rows[0]):
         raise ValueError(f"{source} has the columns {', '.join(map(str, rows[0]))}: it needs one named caption")
     found: dict[str, list[str]] = {}

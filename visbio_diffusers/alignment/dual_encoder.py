@@ -187,7 +187,7 @@ def load_dual_encoder(name: str, device: str | None = None) -> DualEncoder:
     if not folder.is_dir():
         folder = download_files(name, ["*.json", "*.txt", "*.safetensors"], "alignment model")
     try:
-        weights = main_weights(folder)
+        weights = [file for file in main_weights(folder) if file.name != FAMILIAR]
         if not weights:
             raise OSError("it has no .safetensors weights, and others, which can run code, are not loaded")
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]

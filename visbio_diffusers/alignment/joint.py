@@ -56,16 +56,18 @@ class UNetWithHeads(nn.Module):
 
     Args:
         unet (`VisBioUNet`): called as ever; saved by itself.
-        vision_width (`int`): width of the tokens of the vision model; 0 for none.
+        captions (`bool`): whether it meets captions.
+        vision_width (`int`): width of the tokens of the vision model that it meets; 0 for none.
         mask_share (`float`): see [`TokenAdapter`].
     """
 
-    def __init__(self, unet, vision_width: int = 0, mask_share: float = 0.0):
+    def __init__(self, unet, captions: bool = True, vision_width: int = 0, mask_share: float = 0.0):
         super().__init__()
         self.unet, self.tokens = unet, None
         dim = unet.config.block_out_channels[-1]
-        self.image_head, self.text_head = nn.Linear(dim, WIDTH), nn.Linear(unet.config.cross_attention_dim, WIDTH)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        if captions:
+            self.image_head, self.text_head = nn.Linear(dim, WIDTH), nn.Linear(unet.config.cross_attention_dim, WIDTH)
+            self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.adapter = TokenAdapter(dim, vision_width, mask_share) if vision_width else None
         unet.mid_block.norm_out.register_forward_hook(self._keep)
 
@@ -96,37 +98,44 @@ def joint_loss(accelerator: Accelerator, scheduler, config, vision_model=None):
             loss = (errors * weights.to(errors)[steps]).mean()
             metrics = {"denoising": loss.detach()}
             heads, visible = accelerator.unwrap_model(model), scheduler.alphas_cumprod.to(noise)[steps] >= VISIBLE
-            if config.alignment_weight:
-                metrics["alignment"] = _caption_loss(accelerator, heads, states, mask, batch["groups"], visible)
-                loss = loss + config.alignment_weight * metrics["alignment"]
             if config.repa_weight:
                 with torch.no_grad():
                     targets = vision_model(pixel_values).last_hidden_state
                 metrics["repa"] = token_distance(heads.adapter(heads.tokens), targets, visible)
                 loss = loss + config.repa_weight * metrics["repa"]
+        if config.alignment_weight:  # logits of half precision would be too coarse
+            metrics["alignment"] = _caption_loss(accelerator, heads, states, mask, batch["groups"], visible)
+            loss = loss + config.alignment_weight * metrics["alignment"]
         return loss, metrics
 
     return loss_fn
 
 
 def _caption_loss(accelerator, heads, states, mask, groups, visible) -> torch.Tensor:
-    """Return the contrastive loss of pooled bottleneck and caption, of which those of one group fit each other."""
+    """Return the contrastive loss of pooled bottleneck and caption, of which those of one class fit each other.
+
+    Images that are not visible take no part, nor do captions that were left out.
+    """
     share = mask.to(states.dtype)[..., None] / mask.sum(dim=1)[:, None, None]
-    embeds = heads.image_head(heads.tokens.mean(dim=1)), heads.text_head((states * share).sum(dim=1))
-    images, texts = (gather_embeds(accelerator, F.normalize(each.float(), dim=1)) for each in embeds)
+    embeds = heads.image_head(heads.tokens.float().mean(dim=1)), heads.text_head((states * share).sum(dim=1))
+    images, texts = (gather_embeds(accelerator, F.normalize(each, dim=1)) for each in embeds)
     of_images, of_texts = (accelerator.gather(each) for each in (torch.where(visible, groups, -1), groups))
-    matching = (of_images[:, None] == of_texts) & (of_images[:, None] >= 0)
-    return contrastive_loss(images, texts, heads.logit_scale.clamp(max=math.log(100)).exp(), matching)
+    matching = of_images[:, None] == of_texts
+    seen, said = of_images >= 0, of_texts >= 0
+    scale = heads.logit_scale.clamp(max=math.log(100)).exp()
+    loss = contrastive_loss(images[seen], texts[said], scale, matching[seen][:, said])
+    return loss + 0 * (images.sum() + texts.sum() + scale)  # a gradient, if none but zero, where nothing is seen
 
 
 def token_distance(predicted: torch.Tensor, targets: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
     """Return the mean of 1 minus the cosine of tokens `(batch, n, width)` over those images that are visible.
 
-    Targets on another square grid are resized to that of the predictions.
+    Targets on another square grid are resized to that of the predictions; those before the grid, such as the class
+    token of a ViT, are left out.
     """
     if predicted.shape[1] != targets.shape[1]:
         side, wanted = (math.isqrt(each.shape[1]) for each in (targets, predicted))
-        grid = targets.transpose(1, 2).unflatten(2, (side, side))
+        grid = targets[:, -side * side :].float().transpose(1, 2).unflatten(2, (side, side))
         targets = F.interpolate(grid, (wanted, wanted), mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
     distances = 1 - F.cosine_similarity(predicted.float(), targets.float(), dim=2).mean(dim=1)
     return (distances * visible).sum() / visible.sum().clamp(min=1)

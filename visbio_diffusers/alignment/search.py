@@ -14,13 +14,15 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from visbio_diffusers.alignment.dual_encoder import DualEncoder
-from visbio_diffusers.data.corpus import split_sentences
+from visbio_diffusers.data import fit_image
+from visbio_diffusers.data.corpus import read_json_lines, split_sentences
 from visbio_diffusers.data.photograph import find_images, read_photograph
 from visbio_diffusers.files import digest, whole_file
 
 
 INDEX_NAME = "visbio-index.safetensors"
 BATCH = 64
+SAVE_EVERY = 50  # batches
 
 
 class Found(NamedTuple):
@@ -67,10 +69,10 @@ def index_images(encoder: DualEncoder, folder: Path, file: Path | None = None) -
         name = path.relative_to(folder).as_posix()
         stamps.append({"file": name, "size": status.st_size, "modified": status.st_mtime_ns})
 
-    def embed(entry: dict[str, Any]) -> Any:
-        return read_photograph(folder / entry["file"])
+    def read(entry: dict[str, Any]) -> Any:
+        return fit_image(read_photograph(folder / entry["file"]), encoder.resolution)
 
-    return _updated(encoder, file, stamps, embed, encoder.embed_images, "looking at images")
+    return _updated(encoder, file, stamps, read, encoder.embed_images, "looking at images")
 
 
 def index_corpus(encoder: DualEncoder, corpus: Path, file: Path | None = None) -> Index:
@@ -88,15 +90,11 @@ def index_corpus(encoder: DualEncoder, corpus: Path, file: Path | None = None) -
     """
     if not corpus.is_file():
         raise FileNotFoundError(f"no file {corpus}: check the path")
-    version, entries = digest(corpus), []
-    for number, line in enumerate(corpus.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            text = row.get("abstract") or row.get("text") or ""
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{corpus} line {number} is no JSON object: mend or remove it") from error
+    version, entries = digest(corpus)[:16], []
+    for number, row in read_json_lines(corpus).items():
+        text = row.get("abstract") or row.get("text") or ""
+        name = str(row.get("pmid") or f"line {number}")
         for place, sentence in enumerate(split_sentences(f"{row.get('title') or ''} {text}")):
-            name = str(row.get("pmid") or f"line {number}")
             entries.append({"pmid": name, "place": place, "sentence": sentence, "corpus": version})
     if not entries:
         raise ValueError(f"{corpus} holds no texts: each line needs a key abstract or text")
@@ -129,7 +127,8 @@ def _updated(
     missing = [entry for entry, key in zip(wanted, keys, strict=True) if key not in known]
     entries = [entry for entry, key in zip(wanted, keys, strict=True) if key in known]
     rows = [old.rows[[known[key] for key in keys if key in known]]] if entries else []
-    for some in tqdm(list(_batches(missing)), desc=title, disable=None if len(missing) > 10 * BATCH else True):
+    batches = list(_batches(missing))
+    for number, some in enumerate(tqdm(batches, desc=title, disable=None if len(batches) > 10 else True), 1):
         good, content = [], []
         for entry in some:
             try:
@@ -140,14 +139,21 @@ def _updated(
         if good:
             rows.append(embed(content))
             entries += good
+        if number % SAVE_EVERY == 0 and entries:  # what was looked at until an interruption is kept
+            _write(file, encoder, Index(torch.cat(rows), entries))
     if not entries:
         raise ValueError(f"nothing for the index {file} could be read: see the messages above")
     index = Index(torch.cat(rows), entries)
     if missing or len(entries) != len(old.entries):
-        with whole_file(file) as temporary:
-            about = {"model": encoder.name, "sha256": encoder.sha256, "entries": json.dumps(entries)}
-            save_file({"rows": index.rows}, temporary, metadata=about)
+        _write(file, encoder, index)
     return index
+
+
+def _write(file: Path, encoder: DualEncoder, index: Index) -> None:
+    content = torch.frombuffer(bytearray(json.dumps(index.entries).encode()), dtype=torch.uint8)
+    with whole_file(file) as temporary:
+        about = {"model": encoder.name, "sha256": encoder.sha256}
+        save_file({"rows": index.rows.contiguous(), "entries": content}, temporary, metadata=about)
 
 
 def _batches(entries: Sequence[dict[str, Any]]) -> Iterator[Sequence[dict[str, Any]]]:
@@ -159,7 +165,7 @@ def _read(file: Path, encoder: DualEncoder) -> Index:
     try:
         with safe_open(file, framework="pt") as opened:
             about, rows = opened.metadata(), opened.get_tensor("rows")
-            entries = json.loads(about["entries"])
+            entries = json.loads(opened.get_tensor("entries").numpy().tobytes())
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the index {file} is damaged: remove it, and it is made again") from error
     if about.get("sha256") != encoder.sha256:

@@ -28,7 +28,8 @@ FITS_NOTHING = (-1, 0)  # number of no class, and of no subtype
 def gather_embeds(accelerator: Accelerator, embeds: torch.Tensor) -> torch.Tensor:
     """Return the rows `(n * processes, width)` of all processes, through which gradients flow back to each.
 
-    Every process then has the loss of the whole batch, and the mean of their gradients is its gradient.
+    Every process then has the loss of the whole batch, and the mean of their gradients is its gradient (batch norm
+    within a model still sees the images of its own process alone).
     """
     return embeds if accelerator.num_processes == 1 else torch.cat(distributed.all_gather(embeds.contiguous()))
 
@@ -72,8 +73,9 @@ def alignment_loss(accelerator: Accelerator) -> Callable[[nn.Module, dict[str, A
     """
 
     def loss_fn(model: nn.Module, batch: dict[str, Any]):
+        images = vary_photographs(batch["pixel_values"])
         with accelerator.autocast():
-            out = model(batch["input_ids"], vary_photographs(batch["pixel_values"]), batch["attention_mask"])
+            out = model(batch["input_ids"], images, batch["attention_mask"])
         bare = accelerator.unwrap_model(model)
         meanings, scale = (batch["image_meanings"], batch["caption_meanings"]), bare.logit_scale.exp()
         bias = getattr(bare, "logit_bias", None)

@@ -25,11 +25,7 @@ def read_corpus(path: str) -> list[str]:
     if not file.is_file():
         raise FileNotFoundError(f"no corpus file {path}")
     if file.suffix == ".jsonl":
-        try:
-            rows = [json.loads(line) for line in file.open(encoding="utf-8")]
-        except ValueError as error:
-            raise ValueError(f"{path} holds a line that is no JSON ({error}): mend or remove it") from error
-        texts = [row.get("abstract") or row.get("text") or "" for row in rows]
+        texts = [row.get("abstract") or row.get("text") or "" for row in read_json_lines(file).values()]
     elif file.suffix == ".csv":
         texts = [row.get("caption") or row.get("text") or "" for row in csv.DictReader(file.open(encoding="utf-8"))]
     else:
@@ -38,6 +34,25 @@ def read_corpus(path: str) -> list[str]:
     if not texts:
         raise ValueError(f"{path} holds no text: .jsonl needs a key `abstract` or `text`, .csv a column `caption`")
     return texts
+
+
+def read_json_lines(path: Path) -> dict[int, dict]:
+    """Return the objects of a file of JSON lines by the number of their line; empty lines are passed over.
+
+    Raises:
+        ValueError: naming the first line that holds no JSON object.
+    """
+    rows = {}
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line) if line.strip() else {}
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path} line {number} is no JSON object: mend or remove it")
+            rows[number] = row
+    return rows
 
 
 def split_sentences(text: str) -> list[str]:

@@ -47,12 +47,12 @@ class CaptionPairs:
         """Draw all captions."""
         self.pools: dict[tuple[int, int], list[str]] = {}
         self._numbers: dict[Any, int] = {}
-        self._meanings = [self._learn(index, dataset, size, seed) for index, dataset in enumerate(datasets)]
+        self._meanings = [self._learn(dataset, size, seed) for dataset in datasets]
         self._said: dict[str, tuple[int, int]] = {}
         for meaning in sorted(self.pools, key=lambda meaning: meaning[1] != UNSAID):  # a class before its subtypes
             self._said |= {text: meaning for text in self.pools[meaning] if text not in self._said}
 
-    def _learn(self, index: int, dataset: ImageDataset, size: int, seed: int) -> list[tuple[int, int]]:
+    def _learn(self, dataset: ImageDataset, size: int, seed: int) -> list[tuple[int, int]]:
         """Draw the captions of a set that no set before it had, and return the meaning of each image."""
         if dataset.bank is not None:
             bank = load_bank(dataset.bank)
@@ -60,7 +60,7 @@ class CaptionPairs:
         elif dataset.captions is not None:
             classes = [(None, caption) for caption in dataset.captions]
         elif dataset.class_names is not None:
-            classes = [(index, label_key(label)) for label in dataset.labels]
+            classes = [(None, plain_caption(dataset.class_names[label])) for label in dataset.labels]
         else:
             raise ValueError(f"{dataset.name} has no captions: choose with --caption_column, or give a --caption_bank")
         meanings = {}
@@ -69,8 +69,7 @@ class CaptionPairs:
             whole = self._numbers.setdefault(each[0], len(self._numbers)), UNSAID
             meanings[each] = whole
             if dataset.bank is None:
-                own = key if dataset.captions is not None else plain_caption(dataset.class_names[key])
-                self.pools[whole] = [own]
+                self.pools[whole] = [key]
             elif whole not in self.pools:
                 one = isinstance(key, int)
                 name = bank.class_names[key] if one else None  # the name of the class itself: none of its subtypes

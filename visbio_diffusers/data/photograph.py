@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from visbio_diffusers.files import one_line
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif"))
 PERCENTILES = 1.0, 99.8  # black and white of values of more than 8 bits
 MAX_CHANNELS = 8  # so many pages without a name are channels of one image, more are a series
-UNREADABLE = OSError, SyntaxError, ValueError, LookupError, TypeError, struct.error, Image.DecompressionBombError
+UNREADABLE = OSError, SyntaxError, ValueError, LookupError, TypeError, ArithmeticError, NotImplementedError, EOFError
+UNREADABLE += struct.error, zlib.error, Image.DecompressionBombError
 MAX_VALUES = 2**29  # of a file, 0.5 to 2 GB
 
 
@@ -27,7 +29,7 @@ def find_images(places: list[Path]) -> list[Path]:
     found = []
     for place in places:
         if place.is_dir():
-            inside = sorted(file for file in place.rglob("*") if file.suffix.lower() in SUFFIXES)
+            inside = sorted(file for file in place.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
             if not inside:
                 raise FileNotFoundError(f"no images in {place}: put them there or give another folder")
             found += inside
@@ -54,9 +56,11 @@ def read_photograph(path: str | Path) -> Image.Image:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: check the path")
     try:
-        if path.suffix.lower() in (".tif", ".tiff"):
+        if path.suffix.lower() in (".tif", ".tiff") and not _is_plain(path):
             return Image.fromarray(_to_rgb(_read_tiff(path)))
         with Image.open(path) as image:
+            if _is_cut(image):
+                raise ValueError("a PNG of 16 bits in colour, of which Pillow reads 8: save it as TIFF")
             image.load()
             if image.mode.startswith("I") or image.mode == "F":
                 return Image.fromarray(_to_rgb(np.asarray(image)))
@@ -64,6 +68,20 @@ def read_photograph(path: str | Path) -> Image.Image:
     except UNREADABLE as error:
         reason = "no image format that Pillow knows" if isinstance(error, UnidentifiedImageError) else one_line(error)
         raise ValueError(f"cannot read image {path} ({reason}): replace or remove it") from error
+
+
+def _is_plain(path: Path) -> bool:
+    """Return whether a TIFF is a single picture of a kind that Pillow knows, compressed or not."""
+    try:
+        with Image.open(path) as image:
+            return getattr(image, "n_frames", 1) == 1 and not _is_cut(image)
+    except (UnidentifiedImageError, SyntaxError, ValueError, KeyError):
+        return False
+
+
+def _is_cut(image: Image.Image) -> bool:
+    """Return whether an image has 16 bits a colour, of which Pillow reads the upper eight."""
+    return not image.mode.startswith("I") and any(";16" in str(tile[3]) for tile in image.tile)
 
 
 def _on_white(image: Image.Image) -> Image.Image:
