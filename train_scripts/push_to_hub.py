@@ -15,11 +15,16 @@ from visbio_diffusers import hub
 from visbio_diffusers.config import flag, parse, run
 
 
+PARTS = ("pipeline", "lora", "alignment", "text_encoder")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PushConfig:
     """Publish a trained pipeline, LoRA adapter or text encoder on the Hub."""
 
-    folder: str = field(metadata={"help": "what a training has written: RUN/pipeline, RUN/lora or RUN/text_encoder"})
+    folder: str = field(
+        metadata={"help": "what a training has written: RUN/pipeline, RUN/lora, RUN/alignment or RUN/text_encoder"}
+    )
     hub_model_id: str = flag("", "repo to upload to, as owner/name, or a name in your own space")
     private: bool = flag(False, "make a new repo private")
     revision: str = flag("", "branch to push to, created if there is none")
@@ -49,7 +54,9 @@ def main(config: PushConfig) -> int:
     hub.check_source(source)
     if config.hub_model_id:
         repo_id = hub.open_repo(config.hub_model_id, config.private, config.create_pr)
-    name = repo_id or Path(config.output_dir).name
+    trained = source.resolve()
+    own = trained.parent.name if trained.name in PARTS else trained.name  # RUN/pipeline is called RUN
+    name = repo_id or own
     with hub.made_repo(source, name, config.variant or None, config.max_shard_size or None) as repo:
         if config.output_dir:
             place = shutil.copytree(repo, config.output_dir)
