@@ -21,7 +21,7 @@ def denoising_evidence(
     pipe: VisBioPipeline,
     pixel_values: torch.Tensor,
     captions: Sequence[str],
-    num_samples: int = 24,
+    num_samples: int = 12,
     seed: int = 0,
     batch_size: int = 128,
 ) -> torch.Tensor:
