@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
+from transformers import VisionTextDualEncoderModel
 
 from visbio_diffusers.alignment import load_dual_encoder
 from visbio_diffusers.hub import made_repo
@@ -142,6 +143,13 @@ def test_it_learns_and_is_measured(trained, dataset, tmp_path):
     assert first["retrieval"]["image_to_text_chance"] == 0.125 and first["supervised"]["n"] == 24
     entry = results["summary"]["zero_shot/plain"]
     assert entry["mean"] == first["zero_shot"]["plain"]["value"] and entry["spread"] == 0 and entry["n"] == 2
+
+
+def test_half_precision_on_disk_is_single_in_memory(train):
+    folder = train("half", "--save_dtype", "fp16") / "alignment"
+    assert load_file(folder / "model.safetensors")["visual_projection.weight"].dtype == torch.float16
+    model = VisionTextDualEncoderModel.from_pretrained(folder)
+    assert {each.dtype for each in model.parameters()} == {torch.float32}
 
 
 def test_it_makes_a_repo_for_the_hub(trained, tmp_path):

@@ -338,7 +338,7 @@ def test_full_disk_is_named_and_leaves_no_half_file(visbio, monkeypatch, tmp_pat
 def test_interrupt_ends_quietly(tiny_pipeline_dir, tmp_path):
     arguments = ["--model", str(tiny_pipeline_dir), "--device", "cpu", "--steps", "30", "--batch-size", "5"]
     process = subprocess.Popen(
-        command(*arguments, *blood("set", "imagefolder", 100)),
+        command(*arguments, *blood("set", "imagefolder", 1000)),
         cwd=tmp_path,
         env=environment(),
         stderr=subprocess.PIPE,

@@ -32,6 +32,7 @@ SMALL = {
     "evaluate_alignment.py": "--supervised_steps 2 --num_generator_images 2",
     "visbio evaluate": f"{FEW} --num_inference_steps 2 --evaluator_steps 2 --cas_steps 2",
     "visbio audit": "--num_images 16 --num_members 16",
+    "train_alignment.py": "--max_train_steps 2 --train_batch_size 2 --report_to none --lr_warmup_steps 1",
     "train_scripts/train_": "--max_train_steps 2 --train_batch_size 2 --report_to none --validation_steps 0"
     " --lr_warmup_steps 1",
 }

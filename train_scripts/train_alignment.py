@@ -6,6 +6,7 @@ The folder OUTPUT_DIR/alignment loads with `transformers.VisionTextDualEncoderMo
 """
 
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -166,6 +167,8 @@ def save_alignment(model, processor, config: AlignmentConfig, datasets, validati
         if validation is not None:
             fit_calibration(folder, DualEncoder(model.eval(), processor), datasets[0], validation)
         (model.half() if config.save_dtype == "fp16" else model).save_pretrained(folder)
+        file = folder / "config.json"  # transformers would load it in fp16, whose images must be of fp16 too
+        file.write_text(re.sub(r'"dtype": "\w+"', '"dtype": "float32"', file.read_text()))
         processor.save_pretrained(folder)
         banks = list(dict.fromkeys(dataset.bank for dataset in datasets if dataset.bank))  # the first was calibrated
         write_results({**environment(), "config": asdict(config), "caption_banks": banks}, folder / "training.json")

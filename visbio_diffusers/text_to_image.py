@@ -39,9 +39,9 @@ class CaptionedImagesConfig(ImageSetsConfig):
 
     def __post_init__(self) -> None:
         """Check the settings of the images too."""
-        super().__post_init__()
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout must be in [0, 1), got {self.caption_dropout}")
+        super().__post_init__()
 
 
 class CaptionedImages(NamedTuple):
