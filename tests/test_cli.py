@@ -341,6 +341,7 @@ def test_interrupt_ends_quietly(tiny_pipeline_dir, tmp_path):
         command(*arguments, *blood("set", "imagefolder", 1000)),
         cwd=tmp_path,
         env=environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
         stderr=subprocess.PIPE,
         text=True,
     )
