@@ -64,6 +64,12 @@ def shortened(command: str) -> list[str]:
     return [re.sub(r"^100$", "1", word) for word in words]  # --per-class 100
 
 
+def on(data: str, words: list[str]) -> list[str]:
+    """Return the words of a command with `data` as its set in the place of BloodMNIST, which would be downloaded."""
+    before = ["", *words]
+    return [data if pair == ("--dataset_name", "bloodmnist") else pair[1] for pair in zip(before, words)]
+
+
 def run(command, folder, environment=ENVIRONMENT):
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -101,8 +107,7 @@ def test_commands_run_as_written(workplace):
     with HubServer({"hf_token": ("my-name", "write")}) as hub:
         logged_in = {**hub.environment("hf_token", workplace / "home"), **OURS}
         for command in written:
-            few = "bloodmnist" if "generate" in command else "bloodmnist_few.npz"
-            words = [re.sub("^bloodmnist$", few, word) for word in shortened(command)]
+            words = on("bloodmnist_few.npz", shortened(command))
             run(words, workplace, logged_in if "push_to_hub" in command else ENVIRONMENT)
         assert hub.repos["my-name/my-model"].private and "unet/config.json" in hub.files("my-name/my-model")
     assert Image.open(workplace / "out.png").width > 28
@@ -132,4 +137,4 @@ def test_commands_of_cards_and_of_lines_run_as_written(workplace):
     written = [command for file in CARDS for part in commands(file) for command in part] + commands(README)[1]
     for command in dict.fromkeys(written):
         real = "data/medmnist/bloodmnist_rebuilt_28.npz"
-        run([re.sub("^bloodmnist$", real, word) for word in shortened(command)], workplace)
+        run(on(real, shortened(command)), workplace)
