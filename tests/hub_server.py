@@ -236,6 +236,8 @@ class Handler(BaseHTTPRequestHandler):
         return {"branches": branches, "converts": [], "tags": [], "pullRequests": requests}
 
     def create_branch(self, repo_id: str, branch: str) -> dict:
+        if not re.fullmatch(r"[\w./-]+", branch):
+            raise error(400, f"Invalid reference name: {branch}")
         repo = self.repo(repo_id, write=True)
         if branch.startswith("refs/") or branch in repo.branches:
             raise error(409 if branch in repo.branches else 400, f"Reference {branch} already exists or is invalid")

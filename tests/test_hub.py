@@ -227,6 +227,13 @@ def test_card_that_the_hub_refuses_is_told_in_one_line(as_user, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_branch_that_the_hub_refuses_is_not_taken_for_a_bad_card(as_user, tmp_path):
+    as_user("hf_alice")
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    with pytest.raises(OSError, match="the Hub refused it .*Invalid reference name: no branch"):
+        hub.upload(tmp_path, hub.open_repo("well-licensed"), revision="no branch")
+
+
 def test_hub_out_of_reach_is_told_in_one_line(as_user, monkeypatch):
     as_user("hf_alice")
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")

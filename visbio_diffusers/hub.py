@@ -261,10 +261,12 @@ def upload(
             commit_message=message or "Upload with visbio_diffusers",
             delete_patterns=["*.safetensors", "*.safetensors.index*.json"] if has_index(folder) else None,
         )
-    except ValueError as error:
-        raise ValueError(f"{one_line(error)} (the metadata at the head of {CARD} come from {ABOUT})") from error
-    except (RuntimeError, *HUB_ERRORS) as error:  # which of a file that did not arrive is the cause of a RuntimeError
+    except HUB_ERRORS as error:
+        raise _unreachable(error) from error
+    except RuntimeError as error:  # of a file that did not arrive, whose cause is its cause
         raise _unreachable(error.__cause__ or error) from error
+    except ValueError as error:  # some refusals of the Hub are one too, which were told above
+        raise ValueError(f"{one_line(error)} (the metadata at the head of {CARD} come from {ABOUT})") from error
     return str(info.pr_url or info.commit_url)
 
 
