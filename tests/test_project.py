@@ -36,13 +36,16 @@ LAYERS = [
     {"bundle", "generate", "load", "text_to_image", "validation"},
     {"evaluation"},
     {"alignment"},
+    {"adapters", "prompts", "rewards", "rollouts"},
+    {"reward_tuning"},
+    {"rounds"},
     {"cards"},
     {"hub"},
     {"cli"},
     {"train_scripts"},
 ]
 LAYER = {part: number for number, layer in enumerate(LAYERS) for part in layer}
-DISTRIBUTION = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "yaml": "pyyaml"}
+DISTRIBUTION = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "skimage": "scikit-image", "yaml": "pyyaml"}
 
 
 def relative(path: Path) -> str:
@@ -62,10 +65,11 @@ def public_names(tree: ast.Module | ast.ClassDef) -> list[ast.FunctionDef | ast.
     return [node for node in definitions if not node.name.startswith("_")]
 
 
-def imported_modules(path: Path) -> set[str]:
+def imported_modules(path: Path, at_the_top: bool = False) -> set[str]:
     """Return the dotted names that a file imports anywhere; `from a import b` gives a.b where that is a module."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in tree.body if at_the_top else ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -91,10 +95,12 @@ def test_imports_run_one_way(path):
 @pytest.mark.parametrize("path", [*SOURCES, *SCRIPTS], ids=relative)
 def test_every_imported_library_is_declared(path):
     core = ProjectMetadata(str(ROOT), PluginManager()).core
-    declared = [*core.dependencies, *(core.optional_dependencies["train"] if path in SCRIPTS else [])]
-    names = {Requirement(line).name.lower() for line in declared} | {PACKAGE.name}
-    modules = {module.split(".")[0] for module in imported_modules(path)} - sys.stdlib_module_names
-    assert {DISTRIBUTION.get(module, module) for module in modules} <= names
+    training = core.optional_dependencies["train"]
+    for at_the_top in (True, False):  # within a function an extra may be imported
+        declared = [*core.dependencies, *(training if path in SCRIPTS or not at_the_top else [])]
+        names = {Requirement(line).name.lower() for line in declared} | {PACKAGE.name}
+        modules = {module.split(".")[0] for module in imported_modules(path, at_the_top)} - sys.stdlib_module_names
+        assert {DISTRIBUTION.get(module, module) for module in modules} <= names
 
 
 def test_every_dependency_is_pinned_within_its_bounds():

@@ -139,8 +139,9 @@ def fit(
     loss_fn: LossFunction,
     config: TrainConfig,
     hooks: Sequence[Hook] = (),
+    round_steps: int = 1,
 ) -> FitResult:
-    """Train until `config` has enough steps (`max_train_steps`) or minutes, or a signal asks to stop.
+    """Train until `config` has enough steps (`max_train_steps`) or minutes, the stream ends, or a signal asks to stop.
 
     A resumed run is bit-equal to an uninterrupted one if `stream` depends on its argument alone: random generators are
     seeded anew for every micro-batch. Writes config.json, checkpoints, loss.jsonl (one line per optimizer step) and
@@ -154,6 +155,8 @@ def fit(
             report; the same names at every call.
         hooks: called after each optimizer step, before a checkpoint is written, on every process, with the number of
             steps taken and the metrics of this process.
+        round_steps (`int`): steps of a round, within which the stream cannot begin: a signal then ends the training at
+            once, and the newest checkpoint is that of the last whole round.
 
     Raises:
         FloatingPointError: if the loss is no longer finite; nothing is saved then.
@@ -174,6 +177,8 @@ def fit(
     with progress, _caught_signals() as caught:
         while step < config.max_train_steps and not signum:
             metrics = _optimizer_step(accelerator, model, optimizer, batches, loss_fn, config, step)
+            if metrics is None:
+                break
             metrics["lr"] = lr_scheduler.get_last_lr()[0]
             lr_scheduler.step()
             step += 1
@@ -181,27 +186,31 @@ def fit(
             progress.update()
             for hook in hooks:
                 hook(step, metrics)
-            logging_step = step % config.logging_steps == 0
+            logging_step, whole = step % config.logging_steps == 0, step % round_steps == 0
+            seconds = earlier + time.perf_counter() - began
             # Agreement between processes waits for the device, so a GPU agrees only where it is waited for anyway.
             if accelerator.num_processes == 1 or logging_step or accelerator.device.type == "cpu":
-                seconds = earlier + time.perf_counter() - began
-                late = 0 < config.max_train_minutes < seconds / 60
-                signum = _agreed(accelerator, max(caught, default=TIME_IS_UP if late else 0))
-            saving = signum or step == config.max_train_steps or step % config.checkpointing_steps == 0
+                signum = _reason_to_stop(accelerator, config, caught, seconds, whole)
+            saving = (signum and whole) or step == config.max_train_steps or step % config.checkpointing_steps == 0
             if logging_step or saving:
                 _report(accelerator, config, step, rows, started, progress)
                 rows.clear()
             if saving:
-                checkpoints.save(accelerator, config.output_dir, step, config.checkpoints_total_limit)
-                _note_seconds(accelerator, config, earlier + time.perf_counter() - began)
+                _save(accelerator, config, step, seconds)
             if logging_step or saving:
                 started = time.perf_counter()
+    return FitResult(step, _explain_stop(config, signum, step, step % round_steps == 0))
+
+
+def _explain_stop(config: TrainConfig, signum: int, step: int, whole_round: bool) -> int:
+    """Log why a training has stopped, and return the number of the signal, or 0."""
     if signum == TIME_IS_UP:
         logger.info(f"{config.max_train_minutes:g} minutes are over: the training ends at step {step}")
-        signum = 0
+        return 0
     if signum:
-        logger.warning(f"{signal.strsignal(signum)}: step {step} is saved; go on with --resume_from_checkpoint latest")
-    return FitResult(step, signum)
+        kept = f"step {step} is saved" if whole_round else "the round is lost, what came before may be saved"
+        logger.warning(f"{signal.strsignal(signum)}: {kept}; go on with --resume_from_checkpoint latest")
+    return signum
 
 
 def _seconds_of_training(config: TrainConfig) -> float:
@@ -210,7 +219,9 @@ def _seconds_of_training(config: TrainConfig) -> float:
     return json.loads(file.read_text())["seconds"] if file.exists() else 0.0
 
 
-def _note_seconds(accelerator: Accelerator, config: TrainConfig, seconds: float) -> None:
+def _save(accelerator: Accelerator, config: TrainConfig, step: int, seconds: float) -> None:
+    """Write a checkpoint, and how long the training has taken."""
+    checkpoints.save(accelerator, config.output_dir, step, config.checkpoints_total_limit)
     if accelerator.is_main_process:
         with whole_file(Path(config.output_dir, TIME_NAME)) as temporary:
             temporary.write_text(json.dumps({"seconds": seconds}) + "\n")
@@ -233,12 +244,18 @@ def _optimizer_step(
     loss_fn: LossFunction,
     config: TrainConfig,
     step: int,
-) -> Metrics:
-    """Take one optimizer step and return its metrics, averaged over the micro-batches, still on the device."""
+) -> Metrics | None:
+    """Take one optimizer step and return its metrics, averaged over the micro-batches, still on the device.
+
+    None where the stream has ended, which it does between two steps.
+    """
     device, metrics = accelerator.device, {}
     for micro_batch in range(config.gradient_accumulation_steps):
         _reseed(device, config.seed, step, micro_batch, accelerator.process_index)
-        batch = send_to_device(next(batches), device, non_blocking=True)
+        batch = next(batches, None)
+        if batch is None:
+            return None
+        batch = send_to_device(batch, device, non_blocking=True)
         with accelerator.accumulate(model):
             loss, extra = loss_fn(model, batch)
             accelerator.backward(loss)
@@ -318,8 +335,12 @@ def _begin(accelerator: Accelerator, config: TrainConfig) -> int:
     return step
 
 
-def _agreed(accelerator: Accelerator, signum: int) -> int:
-    """Return the reason to stop that any process has, the same on all of them, or 0."""
+def _reason_to_stop(
+    accelerator: Accelerator, config: TrainConfig, caught: list[int], seconds: float, whole_round: bool
+) -> int:
+    """Return the reason to stop that any process has, the same on all of them, or 0; a begun round is never late."""
+    late = whole_round and 0 < config.max_train_minutes < seconds / 60
+    signum = max(caught, default=TIME_IS_UP if late else 0)
     if accelerator.num_processes == 1:
         return signum
     return int(accelerator.gather(torch.tensor([signum], device=accelerator.device)).max())
