@@ -65,9 +65,9 @@ def main(config: DDPOConfig) -> int:
     device = str(accelerator.device.type)
     reward = find_reward(config.reward, device)
     heldout_reward = find_reward(config.heldout_reward, device) if config.heldout_reward else None
-    prompts = load_prompts(config.prompts, seed=config.seed)
+    prompts = load_prompts(config.prompts)
     if config.heldout_prompts:
-        prompts = prompts._replace(heldout=load_prompts(config.heldout_prompts, seed=config.seed).train)
+        prompts = prompts._replace(heldout=load_prompts(config.heldout_prompts).train)
     pipe, facts = load_base(config)
     unet = add_adapter(pipe, config)
     if config.gradient_checkpointing:
@@ -78,7 +78,7 @@ def main(config: DDPOConfig) -> int:
     logger.info(f"{len(prompts.train)} prompts, {len(prompts.heldout)} held out; reward {reward.name}")
     policy = make_policy(
         pipe.scheduler, config.sample_steps, config.guidance_scale, config.eta, config.log_prob_reduction
-    )
+    )._replace(train_empty=config.train_empty_text)
     ema = make_ema(accelerator, unet, config) if config.use_ema else None
     rounds = Rounds(accelerator, config, pipe, policy, reward, heldout_reward, prompts, ema)
     config = count_steps(config, rounds.round_steps)

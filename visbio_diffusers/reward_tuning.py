@@ -39,6 +39,9 @@ class RoundsConfig(TrainConfig):
     train_timestep_fraction: float = flag(0.5, "share of the steps of an image that are trained on")
     draft_steps: int = flag(1, "last steps of an image that objective draft follows back")
     guidance_scale: float = flag(1.0, "weight of the text, in drawing and in training; 1 is off, at half the cost")
+    train_empty_text: bool = flag(
+        False, "follow gradients through the empty text too, as TRL did, at half as much again"
+    )
     eta: float = flag(1.0, "share of noise in each step; 1 is DDPM")
     log_prob_reduction: Literal["mean", "sum"] = flag("mean", "of log-probabilities over the values of an image")
     clip_range: float = flag(1e-4, "how far a ratio may move from 1, on the scale of log_prob_reduction")
@@ -123,7 +126,7 @@ def round_loss(accelerator: Accelerator, config: RoundsConfig, policy: Policy, d
         for timestep in policy.scheduler.timesteps[-config.draft_steps :].tolist():
             steps = torch.full((len(sample),), timestep, device=sample.device)
             sample = policy.step(model, sample, steps, batch["text"]).sample(torch.randn_like(sample))
-        rewards = reward.score(decode(sample), batch["prompts"])
+        rewards = reward.score(decode(sample).clamp(-1, 1), batch["prompts"])
         return -rewards.mean(), {"reward": rewards.detach().mean()}
 
     chosen: Callable = {"matching": on_images, "draft": through_steps}.get(config.objective, on_steps)

@@ -220,6 +220,7 @@ BUILT_IN = {
     "cell_count": Reward("cell_count", cell_count),
 }
 OF_MODELS = {"similarity": similarity, "zero_shot": zero_shot}
+TERM = r"(?:([0-9.]+(?:e-?\d+)?)\s*\*\s*)?([A-Za-z_][^\s+*]*)"
 NAMES = ", ".join([*BUILT_IN, *(f"{name}[:MODEL]" for name in OF_MODELS), "classifier:MODEL", "module:function"])
 
 
@@ -239,7 +240,9 @@ def find_reward(spec: str, device: str = "cpu") -> Reward:
     if least:
         parts = [find_reward(each, device) for each in least[1].split(",")]
         return _combined(spec, parts, lambda scores: torch.stack(scores).min(dim=0).values)
-    terms = re.findall(r"([+-]?)\s*(?:([0-9.]+(?:e-?\d+)?)\s*\*\s*)?([^\s+*-][^\s+*]*)", spec)
+    if not re.fullmatch(rf"\s*[+-]?\s*{TERM}(\s*[+-]\s*{TERM})*\s*", spec):
+        raise ValueError(f"no reward {spec!r}: give one of {NAMES}, a weighted sum of such, or min(A, B)")
+    terms = re.findall(rf"([+-]?)\s*{TERM}", spec)
     if len(terms) == 1 and terms[0][:2] == ("", ""):
         return _checked(_one(spec.strip(), device))
     parts = [find_reward(name, device) for _, _, name in terms]
@@ -272,7 +275,7 @@ def _one(spec: str, device: str) -> Reward:
         sys.path.insert(0, "")  # as in Python itself, modules of the working folder are found
         return Reward(spec, getattr(importlib.import_module(name), rest))
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"no reward {spec} ({one_line(error)}): give one of {NAMES}") from error
+        raise ValueError(f"no reward {spec!r} ({one_line(error)}): give one of {NAMES}") from error
     finally:
         sys.path.remove("")
 
@@ -283,8 +286,6 @@ def _checked(reward: Reward) -> Reward:
     def score(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         try:
             found = torch.as_tensor(reward.score(images, prompts))
-        except ValueError:
-            raise
         except Exception as error:  # of a user's own function: anything
             raise ValueError(f"the reward {reward.name} failed: {type(error).__name__}: {one_line(error)}") from error
         if found.shape != (len(images),):

@@ -52,12 +52,14 @@ class Policy(NamedTuple):
         guidance_scale (`float`): 1 is without guidance, at half the cost.
         eta (`float`): share of noise in each step.
         reduction (`str`): "mean" or "sum" of log-probabilities over the values of a sample.
+        train_empty (`bool`): let gradients flow through the empty text too; without, a third of a step is saved.
     """
 
     scheduler: DDIMScheduler
     guidance_scale: float = 1.0
     eta: float = 1.0
     reduction: str = "mean"
+    train_empty: bool = False
 
     @property
     def stochastic(self) -> torch.Tensor:
@@ -73,7 +75,7 @@ class Policy(NamedTuple):
             text (`Text`): their captions.
             caches (`tuple[dict, dict]`, *optional*): `text_cache` of both texts, for a `VisBioUNet` without gradients.
         """
-        output = predict(unet, sample, timesteps, text, self.guidance_scale, caches)
+        output = predict(unet, sample, timesteps, text, self.guidance_scale, caches, self.train_empty)
         return reverse_step(self.scheduler, output.float(), timesteps, sample, self.eta)
 
 
@@ -84,11 +86,10 @@ def make_policy(scheduler, steps: int, guidance_scale: float, eta: float, reduct
     return Policy(found, guidance_scale, eta, reduction)
 
 
-def predict(unet, sample, timesteps, text: Text, guidance_scale: float, caches=None) -> torch.Tensor:
-    """Return what the model predicts, guided; the empty text is computed without gradients, at a third of their cost.
-
-    Arguments as in [`Policy.step`].
-    """
+def predict(
+    unet, sample, timesteps, text: Text, guidance_scale: float, caches=None, train_empty: bool = False
+) -> torch.Tensor:
+    """Return what the model predicts, guided; arguments as in [`Policy.step`]."""
     first, second = ({"text_cache": each} for each in caches) if caches else ({}, {})
     conditional = unet(
         sample, timesteps, encoder_hidden_states=text.states, encoder_attention_mask=text.mask, return_dict=False,
@@ -96,7 +97,7 @@ def predict(unet, sample, timesteps, text: Text, guidance_scale: float, caches=N
     )[0]  # fmt: skip
     if guidance_scale == 1:
         return conditional
-    with torch.no_grad():
+    with torch.set_grad_enabled(train_empty and torch.is_grad_enabled()):
         empty = unet(
             sample, timesteps, encoder_hidden_states=text.empty_states, encoder_attention_mask=text.empty_mask,
             return_dict=False, **second,

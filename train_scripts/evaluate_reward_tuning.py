@@ -1,0 +1,217 @@
+"""Measure adapters that were tuned to a reward: does a judge that is no reward see the gain, and what did it cost?
+
+python train_scripts/evaluate_reward_tuning.py --loras runs/ddpo-*/lora --dataset_name pbc --output tuned.json
+Images of held-out prompts are drawn with and without each adapter, from the same seeds. The judge is a classifier that
+is trained on splits of the set that no reward has seen.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from visbio_diffusers import evaluation
+from visbio_diffusers.captions import load_bank
+from visbio_diffusers.config import flag, parse, run
+from visbio_diffusers.data import load_image_dataset
+from visbio_diffusers.evaluation import features as judging
+from visbio_diffusers.evaluation.sampling import draw_on_cores, generate_images
+from visbio_diffusers.files import digest
+from visbio_diffusers.grid import contact_sheet, save_png
+from visbio_diffusers.load import DEFAULT_MODEL, LORA_WEIGHTS, load_pipeline
+from visbio_diffusers.prompts import load_prompts
+
+
+JUDGE = {"width": 40, "kernel_size": 5, "seed": 11}  # of another shape than the reward's vision model
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateTuningConfig:
+    """Measure adapters that were tuned to a reward."""
+
+    loras: list[str] = field(metadata={"help": "folders of adapters: trainings from several seeds"})
+    dataset_name: str = field(metadata={"help": "real images with subtypes, for the judge"})
+    output: str = field(metadata={"help": "JSON file for the results; a picture goes beside it"})
+    others: list[str] = field(default_factory=list, metadata={"help": "more adapters to compare with, as name=folder"})
+    model: str = flag("", "pipeline that the adapters are for; default is the one that we ship")
+    caption_bank: str = flag("bloodmnist", "bank whose held-out prompts are drawn, and by which the set is read")
+    judge_splits: list[str] = field(
+        default_factory=lambda: ["val", "test"], metadata={"help": "splits that the judge learns from"}
+    )
+    real_split: str = flag("train", "split on which the judge is tried")
+    judge_steps: int = flag(1500, "optimizer steps of the judge")
+    num_images_per_prompt: int = flag(12, "images of each held-out prompt")
+    num_class_images: int = flag(96, "images of the plain caption of each class")
+    num_processes: int = flag(2, "processes that draw")
+    seed: int = flag(0, "of the images")
+
+
+class Subtypes:
+    """Prompts of the subtypes of a bank, and of its classes, with what each shows."""
+
+    def __init__(self, config: EvaluateTuningConfig):
+        self.bank = load_bank(config.caption_bank)
+        parts = [(label, name) for label, words in enumerate(self.bank.classes) for name in words.subtypes or [None]]
+        self.names = [name or self.bank.class_names[label] for label, name in parts]
+        self.classes = np.array([label for label, _ in parts])
+        heldout = load_prompts(config.caption_bank).heldout  # one of each subtype in turn
+        count = config.num_images_per_prompt
+        self.prompts = [text for text in heldout for _ in range(count)]
+        self.labels = np.repeat(np.arange(len(heldout)) % len(self.names), count)
+        plain = [self.bank.plain_caption(k) for k in range(len(self.bank.class_names))]
+        self.class_prompts = [text for text in plain for _ in range(config.num_class_images)]
+        self.class_labels = np.repeat(np.arange(len(plain)), config.num_class_images)
+
+    def images(self, config: EvaluateTuningConfig, split: str, side: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return real images of a split with the number of their subtypes, without those of which it is unknown."""
+        dataset = load_image_dataset(config.dataset_name, split, resolution=side, caption_bank=config.caption_bank)
+        subtypes = dataset.subtypes or [None] * len(dataset)
+        said = [subtype or dataset.class_names[label] for subtype, label in zip(subtypes, dataset.labels)]
+        rows = [row for row, name in enumerate(said) if name in self.names]
+        images = np.stack([dataset[row]["image"] for row in rows])
+        return images, np.array([self.names.index(said[row]) for row in rows])
+
+
+def train_judge(config: EvaluateTuningConfig, subtypes: Subtypes, side: int):
+    """Return a classifier of subtypes and its accuracy on real images; kept beside the output, and read from there."""
+    folder = Path(config.output).with_suffix("") / "judge"
+    settings = {**JUDGE, "steps": config.judge_steps, "splits": config.judge_splits, "resolution": side}
+    real_images, real_labels = subtypes.images(config, config.real_split, side)
+    if folder.is_dir():
+        model, training = judging.load(folder)
+        if {name: training.get(name) for name in settings} != settings:
+            raise ValueError(f"{folder} was trained with other settings: delete it")
+    else:
+        parts = [subtypes.images(config, split, side) for split in config.judge_splits]
+        images, labels = (np.concatenate(each) for each in zip(*parts))
+        options = {**JUDGE, "steps": config.judge_steps, "num_classes": len(subtypes.names)}
+        model = evaluation.train_classifier(images, labels, **options, description="training the judge")
+        judging.save(model, folder, settings)
+    right = judging.predictions(model, judging.features(model, real_images)) == real_labels
+    return model, evaluation.proportion_interval(int(right.sum()), len(right))
+
+
+def draw(config: EvaluateTuningConfig, lora: str | None, prompts: list[str]) -> np.ndarray:
+    """Return the images of prompts, with an adapter or without; what was drawn before is not drawn again."""
+    model = config.model or None
+    sha256 = digest(Path(lora) / LORA_WEIGHTS) if lora else ""
+    request = config.model or DEFAULT_MODEL, sha256, prompts, config.seed
+    store = Path(config.output).with_suffix("") / "images" / evaluation.store_name(*request)
+    settings = (model, None, "float32", lora, 1.0)
+    draw_on_cores(settings, prompts, config.seed, 64, store, config.num_processes)
+    pipe, _ = load_pipeline(*settings)
+    return generate_images(pipe, prompts, config.seed, store=store).images
+
+
+def judged(model, subtypes: Subtypes, images: np.ndarray, class_images: np.ndarray) -> dict[str, np.ndarray]:
+    """Return for each image whether it is what was asked for, and how sure the judge is; and its features."""
+    found = judging.features(model, images)
+    logits = model.head(torch.as_tensor(found)).log_softmax(dim=1).detach().numpy()
+    answers = judging.predictions(model, judging.features(model, class_images))
+    return {
+        "right": (logits.argmax(axis=1) == subtypes.labels).astype(float),
+        "log_prob": logits[np.arange(len(logits)), subtypes.labels],
+        "class_right": (subtypes.classes[answers] == subtypes.class_labels).astype(float),
+        "features": found,
+    }
+
+
+def gain(tuned: list[np.ndarray], base: np.ndarray, size: int) -> dict:
+    """Return the mean difference to the base over images and trainings, with its standard error over prompts.
+
+    Args:
+        tuned (`list` of `np.ndarray` of shape `(n,)`): of each training.
+        base (`np.ndarray` of shape `(n,)`): of the same prompts and seeds.
+        size (`int`): images of each prompt, which follow each other.
+    """
+    differences = np.mean(tuned, axis=0) - base
+    prompts = differences.reshape(-1, size).mean(axis=1)
+    return {
+        "value": float(differences.mean()),
+        "standard_error": float(prompts.std(ddof=1) / len(prompts) ** 0.5),
+        "by_training": [float(each.mean() - base.mean()) for each in tuned],
+        "n": len(differences),
+    }
+
+
+def diversity(features: np.ndarray, size: int) -> float:
+    """Return the mean distance of the features of images of one prompt."""
+    groups = torch.as_tensor(features).unflatten(0, (-1, size))
+    return (torch.cdist(groups, groups).sum(dim=(1, 2)) / (size * (size - 1))).mean().item()
+
+
+def compare(found: list[dict], base: dict, config: EvaluateTuningConfig) -> dict:
+    """Return what some adapters gain, and what they cost, beside the base."""
+    size, class_size = config.num_images_per_prompt, config.num_class_images
+    spread = [diversity(each["features"], size) / diversity(base["features"], size) for each in found]
+    return {
+        "recognised": float(np.mean([each["right"].mean() for each in found])),
+        "gain": gain([each["right"] for each in found], base["right"], size),
+        "log_prob_gain": gain([each["log_prob"] for each in found], base["log_prob"], size),
+        "class_recognised": float(np.mean([each["class_right"].mean() for each in found])),
+        "class_gain": gain([each["class_right"] for each in found], base["class_right"], class_size),
+        "diversity_over_base": {"value": float(np.mean(spread)), "by_training": spread},
+    }
+
+
+def by_subtype(subtypes: Subtypes, entries: dict[str, list[dict]]) -> dict:
+    """Return the share recognised of each subtype."""
+    return {
+        name: {
+            kind: float(np.mean([each["right"][subtypes.labels == row].mean() for each in found]))
+            for kind, found in entries.items()
+        }
+        for row, name in enumerate(subtypes.names)
+    }
+
+
+def main(config: EvaluateTuningConfig) -> int:
+    """Measure all adapters, and write results and picture."""
+    subtypes = Subtypes(config)
+    side = load_pipeline(config.model or None)[0].unet.config.sample_size
+    model, real = train_judge(config, subtypes, side)
+    others = dict(each.split("=", 1) for each in config.others)
+    pictures, entries = {}, {}
+    for name, folders in {"base": [None], "tuned": config.loras, **{k: [v] for k, v in others.items()}}.items():
+        drawn = [
+            (draw(config, each, subtypes.prompts), draw(config, each, subtypes.class_prompts)) for each in folders
+        ]
+        pictures[name] = drawn[0][0]
+        entries[name] = [judged(model, subtypes, *each) for each in drawn]
+    results = {
+        **evaluation.environment(),
+        "judge": {**JUDGE, "sha256": evaluation.weights_hash(model), "splits": config.judge_splits, "real": real},
+        "base": {key: float(entries["base"][0][key].mean()) for key in ("right", "log_prob", "class_right")},
+        "by_subtype": by_subtype(subtypes, entries),
+        **{name: compare(found, entries["base"][0], config) for name, found in entries.items() if name != "base"},
+    }
+    evaluation.write_results(results, config.output)
+    save_picture(config, subtypes, pictures)
+    for name in [name for name in entries if name != "base"]:
+        entry = results[name]
+        sys.stdout.write(
+            f"{name}: recognised {entry['recognised']:.3f} (base {results['base']['right']:.3f}), gain "
+            f"{entry['gain']['value']:.3f} +- {entry['gain']['standard_error']:.3f}, classes "
+            f"{entry['class_gain']['value']:+.3f}, diversity {entry['diversity_over_base']['value']:.2f} of base\n"
+        )
+    return 0
+
+
+def save_picture(config: EvaluateTuningConfig, subtypes: Subtypes, pictures: dict[str, np.ndarray]) -> None:
+    """Draw a sheet of the first prompt of each subtype: base and first adapter from the same seeds."""
+    tiles, titles = [], []
+    for row, name in enumerate(subtypes.names):
+        first = int(np.flatnonzero(subtypes.labels == row)[0])
+        for kind in ("base", "tuned"):
+            tiles += [Image.fromarray(image) for image in pictures[kind][first : first + 6]]
+            titles += [f"{name} ({kind})"] * 6
+    save_png(
+        contact_sheet(tiles, titles, columns=12, tile=96, caption_lines=2), Path(config.output).with_suffix(".png")
+    )
+
+
+if __name__ == "__main__":
+    run(main, parse(EvaluateTuningConfig, {}))
