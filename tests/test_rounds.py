@@ -201,3 +201,8 @@ def test_settings_that_cannot_work_are_refused(flags, more, said, capsys):
         train(flags, "run", *more)
     assert said in str(error.value) + capsys.readouterr().err
     assert not Path("run", "lora").exists()
+
+
+def test_defaults_of_the_rounds_win_over_those_of_other_trainings():
+    config = SCRIPT["parse"](SCRIPT["DDPOConfig"], SCRIPT["PRESETS"], ["--output_dir", "run"])
+    assert (config.learning_rate, config.use_ema, config.rank) == (3e-4, False, 8)

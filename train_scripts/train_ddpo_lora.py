@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DDPOConfig(AdapterConfig, RoundsConfig):
+class DDPOConfig(RoundsConfig, AdapterConfig):
     """Fine-tune a text-to-image pipeline to a reward, by reinforcement learning on a LoRA adapter."""
 
 
