@@ -31,7 +31,7 @@ LAYERS = [
     {"augmentation", "checkpoints", "config", "grid", "losses", "objectives", "policy", "registration", "wording"},
     {"captions"},
     {"data", "models", "text", "training"},
-    {"image_sets", "pipelines"},
+    {"image_sets", "pipelines", "preferences"},
     {"visbio_diffusers"},
     {"bundle", "generate", "load", "text_to_image", "validation"},
     {"evaluation"},

@@ -21,6 +21,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from visbio_diffusers.alignment import load_dual_encoder
+from visbio_diffusers.alignment.preference import load_head
 from visbio_diffusers.alignment.zero_shot import caption_ensembles, class_embeds
 from visbio_diffusers.captions import load_bank
 from visbio_diffusers.files import digest, one_line
@@ -147,6 +148,29 @@ def zero_shot(encoder) -> Score:
     return score
 
 
+def preference(folder: str, device: str) -> Reward:
+    """Return the reward that `train_reward.py` has learned from preferred images; any range, differentiable.
+
+    Raises:
+        ValueError: if its dual encoder is not the one that it was trained on.
+    """
+    loaded = load_head(folder)
+    encoder = load_alignment(loaded.encoder, device)
+    if encoder.sha256 != loaded.encoder_sha256:
+        raise ValueError(f"{folder} was trained on another {loaded.encoder}: train it anew")
+    head, embed, known = loaded.head.requires_grad_(False), _image_rows(encoder), _Known(encoder.embed_texts)
+
+    def score(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        return head.to(images.device)(embed(images), known(prompts).to(images.device))
+
+    return Reward(f"preference:{folder}", score, True, (loaded.sha256, encoder.sha256))
+
+
+def load_alignment(name: str, device: str | None = None):
+    """Return a dual encoder: that which we ship, or one in a folder or on the Hub."""
+    return load_dual_encoder(str(default_model(name)) if name == ALIGNMENT_MODEL else name, device)
+
+
 class _Known:
     """Embeds each text once."""
 
@@ -221,7 +245,9 @@ BUILT_IN = {
 }
 OF_MODELS = {"similarity": similarity, "zero_shot": zero_shot}
 TERM = r"(?:([0-9.]+(?:e-?\d+)?)\s*\*\s*)?([A-Za-z_][^\s+*]*)"
-NAMES = ", ".join([*BUILT_IN, *(f"{name}[:MODEL]" for name in OF_MODELS), "classifier:MODEL", "module:function"])
+NAMES = ", ".join(
+    [*BUILT_IN, *(f"{name}[:MODEL]" for name in OF_MODELS), "classifier:MODEL", "preference:FOLDER", "module:function"]
+)
 
 
 def find_reward(spec: str, device: str = "cpu") -> Reward:
@@ -261,8 +287,10 @@ def _one(spec: str, device: str) -> Reward:
     if spec in BUILT_IN:
         return BUILT_IN[spec]
     if name in OF_MODELS:
-        encoder = load_dual_encoder(rest or str(default_model(ALIGNMENT_MODEL)), device)
+        encoder = load_alignment(rest or ALIGNMENT_MODEL, device)
         return Reward(spec, OF_MODELS[name](encoder), True, (encoder.sha256,))
+    if name == "preference" and rest:
+        return preference(rest, device)
     if name == "classifier" and rest:
         place = Path(rest).expanduser()
         folder = place if place.is_dir() else download_files(rest, ["*.json", "*.safetensors"], "classifier")

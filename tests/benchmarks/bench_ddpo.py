@@ -119,10 +119,12 @@ def run_own(args, **flags):
     prompts.write_text("\n".join(PROMPTS))
     draft = flags.get("objective") == "draft"
     kept = 1 if draft else COMMON["sample_steps"] - 1
+    samples = args.images // args.updates * kept  # of an optimizer step
+    size = max(number for number in range(1, 41) if samples % number == 0)  # steps of all images share a batch
     common = dict(
         output_dir=folder, prompts=str(prompts), reward="brightness", num_prompts_per_round=4, report_to="none",
-        num_images_per_prompt=args.images // 4, train_batch_size=args.images // args.updates, lora_alpha=4,
-        gradient_accumulation_steps=kept, train_timestep_fraction=1.0, num_rounds=args.epochs,
+        num_images_per_prompt=args.images // 4, train_batch_size=size, lora_alpha=4,
+        gradient_accumulation_steps=samples // size, train_timestep_fraction=1.0, num_rounds=args.epochs,
         rollout_batch_size=args.images, **COMMON,
     )  # fmt: skip
     config = script["DDPOConfig"](**{**common, **flags})

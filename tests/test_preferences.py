@@ -1,0 +1,148 @@
+"""Preferred images: reading them, a reward learned from them, and an adapter tuned to them."""
+
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from PIL import Image
+from safetensors.torch import load_file
+
+from visbio_diffusers.alignment.preference import PreferenceHead, bradley_terry_loss
+from visbio_diffusers.load import load_pipeline
+from visbio_diffusers.preferences import load_preferences, preference_batches
+from visbio_diffusers.rewards import find_reward
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(name, *flags):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    script = runpy.run_path(str(ROOT / "train_scripts" / name))
+    config_class = next(script[each] for each in ("DPOConfig", "RewardConfig") if each in script)
+    assert (
+        script["main"](script["parse"](config_class, script["PRESETS"], ["--preset", "tiny", *map(str, flags)])) == 0
+    )
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Forty pairs of which the brighter image is preferred."""
+    rng, lines = np.random.default_rng(0), []
+    for number in range(40):
+        for name, level in (("w", 190), ("l", 60)):
+            pixels = np.clip(rng.normal(level, 30, (8, 8, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"{number}{name}.png")
+        row = {"prompt": ["a cell", "a nucleus"][number % 2], "image_w": f"{number}w.png", "image_l": f"{number}l.png"}
+        lines.append(json.dumps({**row, "who": "test", "when": "2026-01-01T00:00:00Z"}) + "\n")
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(lines))
+    return file
+
+
+def test_pairs_are_read_and_each_pass_sees_all_of_them(pairs):
+    found = load_preferences(pairs, 8)
+    assert found.better.shape == found.worse.shape == (40, 8, 8, 3) and found.better.mean() > 150 > found.worse.mean()
+    stream = preference_batches(found, 8, 0, 0)
+    whole = torch.cat([next(stream)["better"] for _ in range(5)])
+    expected = torch.as_tensor(found.better).permute(0, 3, 1, 2).float() / 127.5 - 1
+    assert sorted(whole.sum(dim=(1, 2, 3)).tolist()) == sorted(expected.sum(dim=(1, 2, 3)).tolist())
+    later, shared = next(preference_batches(found, 8, 0, 5)), next(preference_batches(found, 8, 0, 2, 1, 2))
+    assert torch.equal(later["better"], next(stream)["better"]) and torch.equal(shared["better"], later["better"])
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"prompt": "a cell", "image_w": "0w.png"}', "line 2 is no pair of images: it has no 'image_l'"),
+        ('{"prompt": "a cell", "image_w": "../x.png", "image_l": "0l.png"}', r"\.\./x.png lies outside of"),
+        ('{"prompt": "a cell", "image_w": "pairs.jsonl", "image_l": "0l.png"}', "pairs.jsonl is no image"),
+        ("not json", "line 2 is no pair of images"),
+        ("[1]", "line 2 is no pair of images"),
+    ],
+)
+def test_bad_pairs_are_named(pairs, line, said):
+    first = pairs.read_text().splitlines()[0]
+    pairs.write_text(f"{first}\n{line}\n")
+    with pytest.raises(ValueError, match=said):
+        load_preferences(pairs, 8)
+    pairs.write_text("\n")
+    with pytest.raises(ValueError, match="holds no pairs of images"):
+        load_preferences(pairs, 8)
+
+
+def test_scores_that_are_equal_say_log_two_and_the_loss_falls_with_the_right_order():
+    equal = bradley_terry_loss(torch.zeros(3), torch.zeros(3))
+    torch.testing.assert_close(equal, torch.tensor(2.0).log())
+    assert (
+        bradley_terry_loss(torch.ones(3), torch.zeros(3)) < equal < bradley_terry_loss(torch.zeros(3), torch.ones(3))
+    )
+    assert PreferenceHead(4)(torch.ones(5, 4), torch.ones(5, 4)).shape == (5,)
+
+
+def test_a_reward_is_learned_from_pairs(pairs, tiny_dual_encoder_dir, tmp_path):
+    flags = ("--preferences", pairs, "--alignment_model", tiny_dual_encoder_dir, "--output_dir", tmp_path / "run")
+    run("train_reward.py", *flags, "--max_train_steps", 60, "--learning_rate", 0.01)
+    record = json.loads((tmp_path / "run" / "reward" / "preference.json").read_text())
+    assert record["heldout_accuracy"]["value"] == 1 and record["heldout_accuracy"]["n"] == 4
+    reward = find_reward(f"preference:{tmp_path / 'run' / 'reward'}")
+    bright, dark = torch.full((2, 3, 8, 8), 0.5).requires_grad_(), torch.full((2, 3, 8, 8), -0.5)
+    prompts = ["a cell", "a nucleus"]
+    assert (reward.score(bright, prompts) > reward.score(dark, prompts)).all()
+    reward.score(bright + 0.01 * torch.randn(2, 3, 8, 8), prompts).sum().backward()
+    assert bright.grad.abs().sum() > 0 and len(reward.sha256) == 2
+    (tmp_path / "run" / "reward" / "preference.json").write_text("{}")
+    with pytest.raises(ValueError, match="cannot load the preference reward"):
+        find_reward(f"preference:{tmp_path / 'run' / 'reward'}")
+
+
+def test_an_adapter_learns_what_is_preferred(pairs, tiny_pipeline_dir, tmp_path):
+    flags = (
+        "--preferences",
+        pairs,
+        "--pretrained_model_name_or_path",
+        tiny_pipeline_dir,
+        "--output_dir",
+        tmp_path / "run",
+    )
+    flags += (
+        "--target_modules",
+        "conv_out",
+        "conv2",
+        "--learning_rate",
+        0.02,
+        "--checkpointing_steps",
+        15,
+        "--beta",
+        20,
+    )
+    run("train_dpo_lora.py", *flags, "--max_train_steps", 30, "--train_batch_size", 16)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "loss.jsonl").read_text().splitlines()]
+    assert losses[0] == pytest.approx(np.log(2), abs=1e-5) and np.mean(losses[-5:]) < 0.6
+    options = {"num_inference_steps": 4, "output_type": "np", "guidance_scale": 1.0}
+    means = []
+    for lora in (None, str(tmp_path / "run" / "lora")):
+        pipe, _ = load_pipeline(str(tiny_pipeline_dir), "cpu", lora=lora)
+        pipe.set_progress_bar_config(disable=True)
+        means.append(pipe(["a cell"] * 8, generator=torch.Generator().manual_seed(0), **options).images.mean())
+    assert means[1] > means[0] + 0.02
+    straight = load_file(tmp_path / "run" / "checkpoint-0000030" / "model.safetensors")
+    flags = [str(each).replace("/run", "/stopped") for each in flags]
+    run("train_dpo_lora.py", *flags, "--max_train_steps", 15, "--train_batch_size", 16)
+    run(
+        "train_dpo_lora.py",
+        *flags,
+        "--max_train_steps",
+        30,
+        "--train_batch_size",
+        16,
+        "--resume_from_checkpoint",
+        "latest",
+    )
+    resumed = load_file(tmp_path / "stopped" / "checkpoint-0000030" / "model.safetensors")
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
