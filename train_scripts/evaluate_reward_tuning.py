@@ -5,6 +5,7 @@ Images of held-out prompts are drawn with and without each adapter, from the sam
 is trained on splits of the set that no reward has seen.
 """
 
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +20,13 @@ from visbio_diffusers.config import flag, parse, run
 from visbio_diffusers.data import load_image_dataset
 from visbio_diffusers.evaluation import features as judging
 from visbio_diffusers.evaluation.sampling import draw_on_cores, generate_images
+from visbio_diffusers.evaluation.tuning import Judged, compare, render_tuning, share_right
 from visbio_diffusers.files import digest
 from visbio_diffusers.grid import contact_sheet, save_png
 from visbio_diffusers.load import DEFAULT_MODEL, LORA_WEIGHTS, load_pipeline
 from visbio_diffusers.prompts import load_prompts
+from visbio_diffusers.rounds import LOG_NAME
+from visbio_diffusers.training import TIME_NAME
 
 
 JUDGE = {"width": 40, "kernel_size": 5, "seed": 11}  # of another shape than the reward's vision model
@@ -44,7 +48,7 @@ class EvaluateTuningConfig:
     real_split: str = flag("train", "split on which the judge is tried")
     judge_steps: int = flag(1500, "optimizer steps of the judge")
     num_images_per_prompt: int = flag(12, "images of each held-out prompt")
-    num_class_images: int = flag(96, "images of the plain caption of each class")
+    num_class_images: int = flag(48, "images of the plain caption of each class")
     num_processes: int = flag(2, "processes that draw")
     seed: int = flag(0, "of the images")
 
@@ -90,8 +94,7 @@ def train_judge(config: EvaluateTuningConfig, subtypes: Subtypes, side: int):
         options = {**JUDGE, "steps": config.judge_steps, "num_classes": len(subtypes.names)}
         model = evaluation.train_classifier(images, labels, **options, description="training the judge")
         judging.save(model, folder, settings)
-    right = judging.predictions(model, judging.features(model, real_images)) == real_labels
-    return model, evaluation.proportion_interval(int(right.sum()), len(right))
+    return model, share_right(judging.predictions(model, judging.features(model, real_images)), real_labels)
 
 
 def draw(config: EvaluateTuningConfig, lora: str | None, prompts: list[str]) -> np.ndarray:
@@ -106,7 +109,7 @@ def draw(config: EvaluateTuningConfig, lora: str | None, prompts: list[str]) -> 
     return generate_images(pipe, prompts, config.seed, store=store).images
 
 
-def judged(model, subtypes: Subtypes, images: np.ndarray, class_images: np.ndarray) -> dict[str, np.ndarray]:
+def judged(model, subtypes: Subtypes, images: np.ndarray, class_images: np.ndarray) -> Judged:
     """Return for each image whether it is what was asked for, and how sure the judge is; and its features."""
     found = judging.features(model, images)
     logits = model.head(torch.as_tensor(found)).log_softmax(dim=1).detach().numpy()
@@ -116,44 +119,6 @@ def judged(model, subtypes: Subtypes, images: np.ndarray, class_images: np.ndarr
         "log_prob": logits[np.arange(len(logits)), subtypes.labels],
         "class_right": (subtypes.classes[answers] == subtypes.class_labels).astype(float),
         "features": found,
-    }
-
-
-def gain(tuned: list[np.ndarray], base: np.ndarray, size: int) -> dict:
-    """Return the mean difference to the base over images and trainings, with its standard error over prompts.
-
-    Args:
-        tuned (`list` of `np.ndarray` of shape `(n,)`): of each training.
-        base (`np.ndarray` of shape `(n,)`): of the same prompts and seeds.
-        size (`int`): images of each prompt, which follow each other.
-    """
-    differences = np.mean(tuned, axis=0) - base
-    prompts = differences.reshape(-1, size).mean(axis=1)
-    return {
-        "value": float(differences.mean()),
-        "standard_error": float(prompts.std(ddof=1) / len(prompts) ** 0.5),
-        "by_training": [float(each.mean() - base.mean()) for each in tuned],
-        "n": len(differences),
-    }
-
-
-def diversity(features: np.ndarray, size: int) -> float:
-    """Return the mean distance of the features of images of one prompt."""
-    groups = torch.as_tensor(features).unflatten(0, (-1, size))
-    return (torch.cdist(groups, groups).sum(dim=(1, 2)) / (size * (size - 1))).mean().item()
-
-
-def compare(found: list[dict], base: dict, config: EvaluateTuningConfig) -> dict:
-    """Return what some adapters gain, and what they cost, beside the base."""
-    size, class_size = config.num_images_per_prompt, config.num_class_images
-    spread = [diversity(each["features"], size) / diversity(base["features"], size) for each in found]
-    return {
-        "recognised": float(np.mean([each["right"].mean() for each in found])),
-        "gain": gain([each["right"] for each in found], base["right"], size),
-        "log_prob_gain": gain([each["log_prob"] for each in found], base["log_prob"], size),
-        "class_recognised": float(np.mean([each["class_right"].mean() for each in found])),
-        "class_gain": gain([each["class_right"] for each in found], base["class_right"], class_size),
-        "diversity_over_base": {"value": float(np.mean(spread)), "by_training": spread},
     }
 
 
@@ -168,35 +133,44 @@ def by_subtype(subtypes: Subtypes, entries: dict[str, list[dict]]) -> dict:
     }
 
 
+def history(lora: str) -> dict[str, float]:
+    """Return the minutes of training and the images scored of an adapter, as its training has recorded them."""
+    folder = Path(lora).parent
+    seconds = json.loads((folder / TIME_NAME).read_text())["seconds"] if (folder / TIME_NAME).exists() else 0.0
+    rounds = folder / LOG_NAME
+    rows = [json.loads(line) for line in rounds.read_text().splitlines()] if rounds.exists() else []
+    return {"minutes": seconds / 60, "queries": sum(row.get("queries", 0) for row in rows)}
+
+
 def main(config: EvaluateTuningConfig) -> int:
     """Measure all adapters, and write results and picture."""
     subtypes = Subtypes(config)
     side = load_pipeline(config.model or None)[0].unet.config.sample_size
     model, real = train_judge(config, subtypes, side)
-    others = dict(each.split("=", 1) for each in config.others)
-    pictures, entries = {}, {}
-    for name, folders in {"base": [None], "tuned": config.loras, **{k: [v] for k, v in others.items()}}.items():
+    others = {name: [folder] for name, folder in (each.split("=", 1) for each in config.others)}
+    pictures, entries, adapters = {}, {}, {}
+    sizes = config.num_images_per_prompt, config.num_class_images
+    for name, folders in {"base": [None], "tuned": config.loras, **others}.items():
         drawn = [
             (draw(config, each, subtypes.prompts), draw(config, each, subtypes.class_prompts)) for each in folders
         ]
         pictures[name] = drawn[0][0]
         entries[name] = [judged(model, subtypes, *each) for each in drawn]
+        if name != "base":
+            costs = [history(each) for each in folders]
+            costs = {key: float(np.mean([each[key] for each in costs])) for key in costs[0]}
+            found = compare(entries[name], entries["base"][0], *sizes)
+            adapters[name] = {"trainings": len(folders), **found, **costs, "queries": int(costs["queries"])}
     results = {
         **evaluation.environment(),
         "judge": {**JUDGE, "sha256": evaluation.weights_hash(model), "splits": config.judge_splits, "real": real},
         "base": {key: float(entries["base"][0][key].mean()) for key in ("right", "log_prob", "class_right")},
+        "adapters": adapters,
         "by_subtype": by_subtype(subtypes, entries),
-        **{name: compare(found, entries["base"][0], config) for name, found in entries.items() if name != "base"},
     }
     evaluation.write_results(results, config.output)
     save_picture(config, subtypes, pictures)
-    for name in [name for name in entries if name != "base"]:
-        entry = results[name]
-        sys.stdout.write(
-            f"{name}: recognised {entry['recognised']:.3f} (base {results['base']['right']:.3f}), gain "
-            f"{entry['gain']['value']:.3f} +- {entry['gain']['standard_error']:.3f}, classes "
-            f"{entry['class_gain']['value']:+.3f}, diversity {entry['diversity_over_base']['value']:.2f} of base\n"
-        )
+    sys.stdout.write(render_tuning(results))
     return 0
 
 

@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from visbio_diffusers.alignment.measures import render_alignment
 from visbio_diffusers.data import list_datasets
 from visbio_diffusers.evaluation.report import cell, render_card_results
+from visbio_diffusers.evaluation.tuning import render_tuning
 from visbio_diffusers.load import DEFAULT_MODEL, LORA_WEIGHTS
 
 
@@ -150,9 +151,10 @@ def render_card(folder: Path, repo: str | None = None) -> str:
     card = ModelCard(text.replace("{repo}", repo), ignore_metadata_errors=False)
     parts = [card.text.strip(), "## Training\n\n" + training_text(folder, training)]
     results = _read(folder / "results.json")
-    if "summary" in results:
-        parts.append("## Results\n\n" + render_alignment(results).strip())
-        results = {}  # they are none of an image generator
+    other = render_alignment if "summary" in results else render_tuning if "by_subtype" in results else None
+    if other:
+        parts.append("## Results\n\n" + other(results).strip())
+        results = {}  # not those of visbio evaluate
     if results:
         parts.append("## Results\n\n" + render_card_results(results).strip())
     base_results = _read(folder / "base_results.json")
