@@ -41,6 +41,10 @@ PRESETS = {
         num_rounds=2, num_prompts_per_round=2, num_images_per_prompt=2, sample_steps=4, train_batch_size=4,
         num_validation_prompts=2, report_to="none", reward="brightness",
     ),
+    "compressibility": dict(
+        reward="jpeg_compressibility", num_rounds=12, num_prompts_per_round=8, sample_steps=10, train_batch_size=40,
+        learning_rate=2e-3, validation_rounds=0,
+    ),
 }  # fmt: skip
 
 

@@ -81,10 +81,10 @@ def render_tuning(results: dict) -> str:
     splits = " and ".join(results["judge"]["splits"])
     return (
         f"{table}\n\nGain: difference to the same prompts and seeds without adapter, +- its standard error over "
-        f"prompts. n = {tuned['gain']['n']} images of held-out prompts and {tuned['class_gain']['n']} of plain captions "
-        f"of classes. The judge, a classifier of another shape that learned from the {splits} splits, which no reward "
-        f"has seen, is right on {real['value']:.3f} of {real['n']} real images of the train split.\n\n{subtypes}\n\n"
-        f"`{results['command']}`\n"
+        f"prompts. n = {tuned['gain']['n']} images of held-out prompts and {tuned['class_gain']['n']} of plain "
+        f"captions of classes. The judge, a classifier of another shape that learned from the {splits} splits, "
+        f"which no reward has seen, is right on {real['value']:.3f} of {real['n']} real images of the train split.\n\n"
+        f"{subtypes}\n\n`{results['command']}`\n"
     )
 
 
