@@ -1,5 +1,6 @@
 """Commands and Python in README and cards run as they stand there; training commands for two steps."""
 
+import json
 import os
 import re
 import shlex
@@ -100,6 +101,8 @@ def workplace(tmp_path_factory, visbio_data):
     with np.load(visbio_data / "medmnist" / "bloodmnist_rebuilt_28.npz") as real:
         few = {name: real[name][:200] for name in real.files if name.endswith(("images", "labels"))}
     Image.fromarray(few["test_images"][0]).save(folder / "cell.png")
+    pair = {"prompt": "a monocyte", "image_w": "cell.png", "image_l": "my_images/0001.png"}
+    (folder / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 4)
     (folder / "my_captions.txt").write_text("a monocyte\na basophil\n")
     for name in ("bloodmnist_few", "mine"):
         np.savez(folder / f"{name}.npz", **few)
@@ -118,6 +121,7 @@ def test_commands_run_as_written(workplace):
     assert Image.open(workplace / "out.png").width > 28
     assert Image.open(workplace / "mine.png").info["synthetic"]
     assert Image.open(workplace / "adapted.png").info["lora"] == "lora"
+    assert Image.open(workplace / "band.png").info["reward_sha256"]  # whose judge that reward may not be
     report = workplace / "runs" / "report"
     assert Image.open(workplace / "why.png").width > 400
     assert {"results.json", "results.md", "results.html", "audit"} <= {file.name for file in report.iterdir()}

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from visbio_diffusers.rollouts import collect, decoder, encode_prompts, make_policy
 
@@ -68,46 +67,8 @@ def test_the_empty_text_takes_no_gradient_unless_asked(tiny_pipeline):
     torch.testing.assert_close(grads[False], 2.5 * grads[True], rtol=1e-4, atol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def stable_diffusion(tmp_path_factory):
-    """A tiny Stable Diffusion of random weights."""
-    import json
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("tokenizer")
-    pieces = [chr(code) for code in range(97, 123)]
-    words = [*pieces, *(f"{piece}</w>" for piece in pieces), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: row for row, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
-    ends = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1, "pad_token_id": len(words) - 1}
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(words), hidden_size=32, intermediate_size=37, num_hidden_layers=1, num_attention_heads=4,
-            max_position_embeddings=16, **ends,
-        )
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1, cross_attention_dim=32,
-        attention_head_dim=2, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=[8, 16], norm_num_groups=4, down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2, latent_channels=4,
-    )  # fmt: skip
-    scheduler = DDIMScheduler(beta_schedule="scaled_linear", set_alpha_to_one=False, steps_offset=1, clip_sample=False)
-    pipe = StableDiffusionPipeline(
-        vae, text.eval(), tokenizer, unet.eval(), scheduler, None, None, requires_safety_checker=False
-    )
-    pipe.set_progress_bar_config(disable=True)
-    folder = tmp_path_factory.mktemp("stable-diffusion")
-    pipe.save_pretrained(folder)
-    return folder
-
-
-def test_stable_diffusion_is_drawn_and_decoded_alike(stable_diffusion):
-    pipe = StableDiffusionPipeline.from_pretrained(stable_diffusion)
+def test_stable_diffusion_is_drawn_and_decoded_alike(tiny_stable_diffusion_dir):
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_stable_diffusion_dir)
     pipe.set_progress_bar_config(disable=True)
     text = encode_prompts(pipe, PROMPTS)
     rollout = collect(pipe.unet, policy_of(pipe, 3.0, 0.0), text, torch.Generator().manual_seed(7))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from visbio_diffusers import VisBioPipeline
@@ -201,6 +202,19 @@ def test_settings_that_cannot_work_are_refused(flags, more, said, capsys):
         train(flags, "run", *more)
     assert said in str(error.value) + capsys.readouterr().err
     assert not Path("run", "lora").exists()
+
+
+@pytest.mark.parametrize("objective", ["clipped_ratio", "draft"])
+def test_stable_diffusion_is_tuned_alike(flags, tiny_stable_diffusion_dir, objective):
+    more = ("--pretrained_model_name_or_path", tiny_stable_diffusion_dir, "--objective", objective, "--num_rounds", 2)
+    more += ("--guidance_scale", 2, "--target_modules", "to_q", "to_k", "to_v", "to_out.0", "--train_batch_size", 8)
+    found = train(flags, "run", *more)
+    assert found[-1]["kl_to_base"] > 0
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_stable_diffusion_dir)
+    pipe.load_lora_weights("run/lora")
+    assert any("lora_A" in name for name, _ in pipe.unet.named_parameters())
+    card = Path("run/lora/README.md").read_text()
+    assert "pipe = DiffusionPipeline" in card and "VisBioPipeline" not in card and "by the reward brightness" in card
 
 
 def test_defaults_of_the_rounds_win_over_those_of_other_trainings():

@@ -98,9 +98,9 @@ import visbio_diffusers  # or without it: from_pretrained(..., custom_pipeline="
 
 pipe = DiffusionPipeline.from_pretrained("{repo}")
 image = pipe({prompt}).images[0]"""
-USE_ADAPTER = """from visbio_diffusers import VisBioPipeline{import}
+USE_ADAPTER = """{import}
 
-pipe = VisBioPipeline.from_pretrained({base})
+pipe = {class}.from_pretrained({base})
 pipe.load_lora_weights("{repo}")
 image = pipe({prompt}).images[0]"""
 LOOKS = {
@@ -177,8 +177,12 @@ def _default_about(folder: Path, training: dict, name: str) -> str:
     config = training.get("config", {})
     sets = {Path(each).stem: licence_of(Path(each).stem) for each in config.get("dataset_name", [])}
     licences = "; ".join(f"{each}: {licence or 'licence unknown'}" for each, licence in sets.items())
+    if "reward" in config:
+        licences = (
+            f"It was tuned by the reward {config['reward']}, on prompts of {config['prompts']}, and saw no images."
+        )
     licences = licences or "Say here whose images these were, and under which licence."
-    data = ", ".join(sets) or "images of its own"
+    data = ", ".join(sets) or (f"the reward {config['reward']}" if "reward" in config else "images of its own")
     if is_dual_encoder(folder):
         return DUAL_ENCODER_ABOUT.format(name=name, data=data, licences=licences)
     if not is_adapter(folder) and not has_index(folder):
@@ -189,7 +193,9 @@ def _default_about(folder: Path, training: dict, name: str) -> str:
     prompts = config.get("validation_prompts") or ["a microscopy image"]
     use = (USE_ADAPTER if adapter else USE_PIPELINE).replace("{prompt}", json.dumps(prompts[0], ensure_ascii=False))
     base = base_of(folder)
-    use = use.replace("{import}", "" if base else ", default_model")
+    other = "from diffusers import DiffusionPipeline\n\nimport visbio_diffusers  # whose pipeline the base may be"
+    use = use.replace("{import}", other if base else "from visbio_diffusers import VisBioPipeline, default_model")
+    use = use.replace("{class}", "DiffusionPipeline" if base else "VisBioPipeline")
     use = use.replace("{base}", json.dumps(base) if base else "default_model()")
     return DEFAULT_ABOUT.format(
         name=name,
