@@ -1,6 +1,7 @@
 """The training loop on a tiny regression. Run as a script, this file is a training that can be killed or launched."""
 
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -51,7 +52,10 @@ def _denoising_loss(model, batch):
     return (model(batch["clean"] + noise) - noise).square().mean(), {"noise_std": noise.std()}
 
 
-def _train(config, loss_fn=_denoising_loss, hooks=(), watch=lambda optimizer: None, alter=lambda accelerator: None):
+def _train(
+    config, loss_fn=_denoising_loss, hooks=(), watch=lambda optimizer: None, alter=lambda accelerator: None, stop=None,
+    round_steps=1,
+):  # fmt: skip
     """Train the tiny model and return the prepared model, the averaged weights and the result of `fit`."""
     AcceleratorState._reset_state(reset_partial_state="RANK" not in os.environ)
     GradientState._reset_state()
@@ -63,9 +67,14 @@ def _train(config, loss_fn=_denoising_loss, hooks=(), watch=lambda optimizer: No
     lr_scheduler = make_lr_scheduler(optimizer, config)
     model, optimizer = accelerator.prepare(model, optimizer)
     ema = make_ema(accelerator, model, config) if config.use_ema else None
-    stream = _stream(config, accelerator.process_index)
+    endless = _stream(config, accelerator.process_index)
     hooks = [ema_hook(ema, model), *hooks] if ema else hooks
-    return model, ema, fit(accelerator, model, optimizer, lr_scheduler, stream, loss_fn, config, hooks)
+
+    def stream(start):
+        return itertools.islice(endless(start), None if stop is None else stop - start)
+
+    result = fit(accelerator, model, optimizer, lr_scheduler, stream, loss_fn, config, hooks, round_steps)
+    return model, ema, result
 
 
 def _config(folder, **settings):
@@ -104,6 +113,21 @@ def test_a_killed_run_resumes_to_the_same_bits(straight, tmp_path):
     assert not (tmp_path / "checkpoint-0000008").exists()
     _train(_config(tmp_path, resume_from_checkpoint="latest"))
     assert _state(tmp_path) == _state(straight)
+
+
+def test_a_training_ends_where_its_stream_does(tmp_path):
+    _, _, result = _train(_config(tmp_path), stop=6)
+    assert (result.step, result.signum) == (6, 0)
+
+
+def test_within_a_round_a_signal_ends_at_once_and_saves_nothing_but_time_waits_for_its_end(tmp_path, caplog):
+    with caplog.at_level("WARNING"):
+        _, _, result = _train(_config(tmp_path / "a"), hooks=[_signal_at(7, signal.SIGTERM)], round_steps=5)
+    assert (result.step, result.signum) == (7, signal.SIGTERM)
+    assert [file.name for file in (tmp_path / "a").glob("checkpoint-*")] == ["checkpoint-0000005"]
+    assert "the round is lost" in caplog.text
+    _, _, result = _train(_config(tmp_path / "b", max_train_minutes=1e-9), round_steps=5)
+    assert (result.step, result.signum) == (5, 0)
 
 
 def test_a_training_ends_as_if_done_when_its_time_is_up(tmp_path):
