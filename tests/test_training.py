@@ -116,7 +116,7 @@ def test_a_killed_run_resumes_to_the_same_bits(straight, tmp_path):
 
 
 def test_a_training_ends_where_its_stream_does(tmp_path):
-    _, _, result = _train(_config(tmp_path), stop=6)
+    _, _, result = _train(_config(tmp_path), stop=12)
     assert (result.step, result.signum) == (6, 0)
 
 
