@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from visbio_diffusers.checkpoints import append_log
+from visbio_diffusers.files import whole_file
 from visbio_diffusers.grid import contact_sheet, save_png
 from visbio_diffusers.objectives import PromptTracker, group_advantages
 from visbio_diffusers.prompts import Prompts, prompts_of_round
@@ -96,6 +97,9 @@ class Rounds:
         number, within = divmod(start, each)
         if within:
             raise ValueError(f"the checkpoint is from the middle of a round of {each} batches: resume its settings")
+        if self.accelerator.is_main_process:  # without rounds that came after the checkpoint
+            with whole_file(Path(self.config.output_dir, LOG_NAME)) as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         while True:
             self.unet.eval()  # dropout would make another policy of it
             every = self.config.validation_rounds
@@ -145,7 +149,8 @@ class Rounds:
         own = [prompt for prompt in prompts[rank::world] for _ in range(config.num_images_per_prompt)]
         entropy = np.random.SeedSequence([config.seed, number, rank, 1]).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(entropy[0]))
-        text = encode_prompts(self.pipe, own)
+        repeated = torch.arange(len(own)) // config.num_images_per_prompt
+        text = encode_prompts(self.pipe, prompts[rank::world]).rows(repeated)
         draft = config.objective == "draft"
         kept = self._chosen_steps(number) if config.objective in ("clipped_ratio", "score_function") else ()
         with self.accelerator.autocast():
@@ -236,7 +241,7 @@ class Rounds:
         """Draw the held-out prompts, always from the same seeds, and note rewards, diversity and divergence."""
         prompts = (self.prompts.heldout or self.prompts.train)[: self.config.num_validation_prompts]
         own = [prompt for prompt in prompts for _ in range(4)]
-        text = encode_prompts(self.pipe, own)
+        text = encode_prompts(self.pipe, prompts).rows(torch.arange(len(own)) // 4)
         kept = self.policy.stochastic[:: max(1, len(self.policy.stochastic) // KL_STEPS)].tolist()
         was_training = self.unet.training
         self.unet.eval()
