@@ -1,5 +1,6 @@
 """The evaluation: closed forms, references, planted copies and collapses, and the script as a user runs it."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -562,3 +563,22 @@ def test_a_reward_is_no_judge_of_what_it_tuned(reference):
     check_independent(reference.evaluators, {})
     with pytest.raises(ValueError, match="evaluator cnn3 was the reward"):
         check_independent(reference.evaluators, facts)
+
+
+def test_a_classifier_that_was_the_reward_is_no_extractor(reference, tmp_path):
+    from transformers import ViTConfig, ViTForImageClassification
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    from visbio_diffusers.rewards import find_reward
+
+    folder = tmp_path / "vit"
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **shape)).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(
+        folder
+    )
+    facts = {"reward_sha256": ", ".join(find_reward(f"classifier:{folder}").sha256)}
+    judge = dataclasses.replace(reference.evaluators[0], name="vit", training={"source": str(folder)})
+    with pytest.raises(ValueError, match="evaluator vit was the reward"):
+        check_independent([judge], facts)
+    check_independent([judge], {"reward_sha256": "another"})

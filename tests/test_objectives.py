@@ -31,6 +31,12 @@ def test_advantages_by_hand():
         group_advantages(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 0, 1]))
 
 
+def test_equal_rewards_have_no_advantages_whatever_their_size():
+    for value in (1000.1, 150000.3, 1234.567):
+        found = group_advantages(torch.full((24,), value), torch.arange(24) // 12)
+        assert found.abs().max() == 0 and found.dtype == torch.float32
+
+
 def test_tracker_remembers_rounds():
     tracker = PromptTracker(size=3, least=2)
     first = tracker.advantages(["a", "b"], torch.tensor([0.0, 2.0]))

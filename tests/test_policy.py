@@ -58,6 +58,7 @@ def test_ratio_on_policy_is_exactly_one():
 def test_only_steps_with_noise_have_a_density():
     assert torch.equal(stochastic_timesteps(make()), make().timesteps[:-1])  # the last ends in the clean image
     assert len(stochastic_timesteps(make(final=False, zero_snr=False))) == 19  # whose variance is 0 there too
+    assert torch.equal(stochastic_timesteps(make(steps=15)), make(steps=15).timesteps[:-1])  # whose last has a little
     assert len(stochastic_timesteps(make(), eta=0.0)) == 0
 
 

@@ -92,13 +92,14 @@ def rows(name):
     [
         ("clipped_ratio", "brightness", (0.1, 1)),
         ("clipped_ratio", "-brightness", (0.1, 1)),
-        ("score_function", "brightness", (0.1, 1)),
+        ("score_function", "brightness", (0.05, 1)),
         ("matching", "brightness", (0.05, 1)),
         ("draft", "brightness", (0.1, 1)),
     ],
 )
 def test_the_reward_rises(flags, objective, reward, rise):
     more = ("--num_rounds", 6, "--train_timestep_fraction", 1, "--objective", objective, f"--reward={reward}")
+    more += ("--gradient_accumulation_steps", 3) if objective == "score_function" else ()
     found = train(flags, "run", *more)
     assert rise[0] < found[-1]["heldout_prompts_reward"] - found[0]["heldout_prompts_reward"] < rise[1]
     assert found[-1]["kl_to_base"] > 1 and found[0]["kl_to_base"] == 0
@@ -196,6 +197,13 @@ def test_a_constant_reward_changes_nothing(flags, caplog):
             "objective draft needs a reward with gradients",
         ),
         (("--train_batch_size", 512), "a round has 32 samples for each process, and an optimizer step takes 512"),
+        (
+            ("--objective", "score_function"),
+            "a round has one optimizer step, not 2: raise --gradient_accumulation_steps to 2",
+        ),
+        (("--heldout_reward", "brightness"), "heldout_reward brightness is by the model of the reward"),
+        (("--sample_steps", 1), "sample_steps must be at least 2"),
+        (("--lora_dropout", 0.1), "compile and lora_dropout are not supported here"),
         (("--max_train_steps", 7), "max_train_steps follows from num_rounds and save_rounds"),
         (("--objective", "draft", "--kl_weight", 1), "kl_weight is for the objectives on steps, not for draft"),
     ],

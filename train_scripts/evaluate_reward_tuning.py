@@ -75,6 +75,8 @@ class Subtypes:
         subtypes = dataset.subtypes or [None] * len(dataset)
         said = [subtype or dataset.class_names[label] for subtype, label in zip(subtypes, dataset.labels)]
         rows = [row for row, name in enumerate(said) if name in self.names]
+        if not rows:
+            raise ValueError(f"no image of {dataset.name} ({split}) has a subtype of the bank {self.bank.name}")
         images = np.stack([dataset[row]["image"] for row in rows])
         return images, np.array([self.names.index(said[row]) for row in rows])
 
@@ -83,6 +85,7 @@ def train_judge(config: EvaluateTuningConfig, subtypes: Subtypes, side: int):
     """Return a classifier of subtypes and its accuracy on real images; kept beside the output, and read from there."""
     folder = Path(config.output).with_suffix("") / "judge"
     settings = {**JUDGE, "steps": config.judge_steps, "splits": config.judge_splits, "resolution": side}
+    settings |= {"dataset": config.dataset_name, "caption_bank": config.caption_bank}
     real_images, real_labels = subtypes.images(config, config.real_split, side)
     if folder.is_dir():
         model, training = judging.load(folder)
@@ -147,7 +150,10 @@ def main(config: EvaluateTuningConfig) -> int:
     subtypes = Subtypes(config)
     side = load_pipeline(config.model or None)[0].unet.config.sample_size
     model, real = train_judge(config, subtypes, side)
-    others = {name: [folder] for name, folder in (each.split("=", 1) for each in config.others)}
+    named = [each.partition("=") for each in config.others]
+    if any(not folder or name in ("base", "tuned") for name, _, folder in named):
+        raise ValueError(f"others are given as name=folder, under other names than base and tuned: {config.others}")
+    others = {name: [folder] for name, _, folder in named}
     pictures, entries, adapters = {}, {}, {}
     sizes = config.num_images_per_prompt, config.num_class_images
     for name, folders in {"base": [None], "tuned": config.loras, **others}.items():

@@ -49,6 +49,8 @@ class DPOConfig(AdapterConfig):
         """Check the settings of this script too."""
         super().__post_init__()
         self._require("above 0", lambda value: value > 0, "beta")
+        if self.compile:
+            raise ValueError("compile is not supported here: leave it out")
         if not self.preferences:
             raise ValueError("nothing to train on: give --preferences, a file of JSON lines")
 
@@ -82,12 +84,16 @@ def main(config: DPOConfig) -> int:
     accelerator = make_accelerator(config)
     repo_id = hub.repo_of_training(config, accelerator.is_main_process)
     pipe, facts = load_base(config)
+    if getattr(pipe, "vae", None) is not None:
+        raise ValueError(f"{facts['model']} draws in latents: Diffusion-DPO is for pipelines in pixel space so far")
     pairs = load_preferences(config.preferences, pipe.unet.config.sample_size, pipe.unet.config.in_channels)
     with accelerator.main_process_first():
         folder = Path(config.output_dir, "cache")
         embed = EmbeddingCache(list(dict.fromkeys(pairs.prompts)), pipe.text_encoder, pipe.tokenizer, folder)
     logger.info(f"{len(pairs.prompts)} pairs of {len(embed.row)} prompts")
     unet = add_adapter(pipe, config)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     optimizer = make_optimizer(trainable(unet), config)
     lr_scheduler = make_lr_scheduler(optimizer, config)
     model, optimizer = accelerator.prepare(unet, optimizer)

@@ -38,6 +38,8 @@ class RewardConfig(TrainConfig):
     def __post_init__(self) -> None:
         """Check the settings of this script too."""
         super().__post_init__()
+        if self.push_to_hub or self.gradient_checkpointing or self.compile:
+            raise ValueError("push_to_hub, gradient_checkpointing and compile are not supported here: leave them out")
         if not self.preferences:
             raise ValueError("nothing to train on: give --preferences, a file of JSON lines")
 

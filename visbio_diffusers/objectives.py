@@ -27,7 +27,7 @@ def group_advantages(
 
     Source: Shao et al. 2024, DeepSeekMath, section 4.1; Ahmadian et al. 2024, Back to Basics, equation 6.
     """
-    rewards = rewards.float()
+    rewards = rewards.double()  # so that the mean of equal rewards is no other number
     if not torch.isfinite(rewards).all():
         raise ValueError(f"{int((~torch.isfinite(rewards)).sum())} of {len(rewards)} rewards are not finite")
     names, members = groups.unique(return_inverse=True)
@@ -39,7 +39,7 @@ def group_advantages(
     spread = (torch.zeros_like(totals).index_add_(0, members, centred.square()) / (counts - 1)).sqrt()
     if baseline == "leave-one-out":
         centred = centred * (counts / (counts - 1))[members]
-    return centred / spread.clamp(min=std_floor)[members] if normalise else centred
+    return (centred / spread.clamp(min=std_floor)[members] if normalise else centred).float()
 
 
 class PromptTracker:
@@ -58,14 +58,18 @@ class PromptTracker:
 
     def advantages(self, prompts: list[str], rewards: torch.Tensor, std_floor: float = 1e-4) -> torch.Tensor:
         """Note the rewards `(n,)` of a round, and return their advantages `(n,)`."""
-        rewards = rewards.float()
+        rewards = rewards.double()
         for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
             self.kept[prompt] = [*self.kept.get(prompt, []), reward][-self.size :]
         found = torch.empty_like(rewards)
         for row, prompt in enumerate(prompts):
-            kept = torch.tensor(self.kept[prompt]) if len(self.kept[prompt]) >= self.least else rewards
+            kept = (
+                torch.tensor(self.kept[prompt], dtype=torch.float64)
+                if len(self.kept[prompt]) >= self.least
+                else rewards
+            )
             found[row] = (rewards[row] - kept.mean()) / kept.std(correction=0).clamp(min=std_floor)
-        return found
+        return found.float()
 
     def state_dict(self) -> dict:
         """Return what a checkpoint keeps."""

@@ -34,7 +34,8 @@ class Gaussian(NamedTuple):
                 moves the ratio of a policy to itself away from 1.
             reduction (`str`): "sum" or "mean".
         """
-        log_probs = torch.distributions.Normal(self.mean, self.std.expand_as(self.mean)).log_prob(sample).flatten(1)
+        normal = torch.distributions.Normal(self.mean, self.std.expand_as(self.mean), validate_args=False)
+        log_probs = normal.log_prob(sample).flatten(1)
         return log_probs.sum(dim=1) if reduction == "sum" else log_probs.mean(dim=1)
 
     def kl(self, base: "Gaussian") -> torch.Tensor:
@@ -75,9 +76,13 @@ def reverse_step(
 
 
 def stochastic_timesteps(scheduler, eta: float = 1.0) -> torch.Tensor:
-    """Return those of `scheduler.timesteps` that draw noise; the last seldom does, and has no density to train on."""
-    alpha, previous = _alphas(scheduler, scheduler.timesteps)
-    return scheduler.timesteps[eta * _variance(alpha, previous) > 0]
+    """Return those of `scheduler.timesteps` that draw noise, without the last.
+
+    That one has none, and so no density, or where the steps do not divide the schedule, so little that it would
+    outweigh all others.
+    """
+    timesteps = scheduler.timesteps[:-1]
+    return timesteps[eta * _variance(*_alphas(scheduler, timesteps)) > 0]
 
 
 def _alphas(scheduler, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -50,7 +50,7 @@ class RoundsConfig(TrainConfig):
     kl_weight: float = flag(0.0, "weight of the divergence of each step from the base model")
     num_inner_epochs: int = flag(1, "times that a round is trained on")
     rollout_batch_size: int = flag(64, "images drawn at once, per process")
-    save_rounds: int = flag(5, "save a checkpoint every so many rounds, and at the end")
+    save_rounds: int = flag(1, "save a checkpoint every so many rounds, and at the end")
     validation_rounds: int = flag(5, "draw held-out prompts every so many rounds; 0: at the start and the end")
     num_validation_prompts: int = flag(12, "held-out prompts that are drawn, four images of each")
 
@@ -68,6 +68,10 @@ class RoundsConfig(TrainConfig):
             raise ValueError("objective score_function is right on policy alone: num_inner_epochs must be 1")
         if self.objective in ("clipped_ratio", "score_function") and self.eta == 0:
             raise ValueError(f"eta must be above 0 for objective {self.objective}: steps have no density")
+        if self.objective in ("clipped_ratio", "score_function") and self.sample_steps < 2:
+            raise ValueError("sample_steps must be at least 2, got 1: the last step has no density to train on")
+        if self.compile or getattr(self, "lora_dropout", 0):
+            raise ValueError("compile and lora_dropout are not supported here: leave them out")
         if self.draft_steps > self.sample_steps:
             raise ValueError(f"draft_steps must be at most sample_steps ({self.sample_steps}), got {self.draft_steps}")
         if self.kl_weight and self.objective in ("matching", "draft"):

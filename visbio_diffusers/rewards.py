@@ -226,7 +226,10 @@ def classifier(folder: Path, name: str) -> Score:
     side = int(size.get("height") or size["shortest_edge"])
 
     def score(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        rows = [next((row for text, row in labels if text in prompt.lower()), None) for prompt in prompts]
+        rows = [
+            next((row for text, row in labels if re.search(rf"\b{re.escape(text)}\b", prompt.lower())), None)
+            for prompt in prompts
+        ]
         if None in rows:
             raise ValueError(f"the prompt {prompts[rows.index(None)]!r} names no class of {name}")
         logits = model.to(images.device)(_normalised(images, processor, (side, side))).logits

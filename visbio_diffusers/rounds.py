@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from visbio_diffusers.checkpoints import append_log
 from visbio_diffusers.files import whole_file
@@ -85,6 +87,13 @@ class Rounds:
                 f"a round has {self.items} samples for each process, and an optimizer step takes {taken}: lower "
                 "--train_batch_size or --gradient_accumulation_steps, or draw more images"
             )
+        if config.objective == "score_function" and self.round_steps > 1:
+            raise ValueError(
+                f"objective score_function is right on policy alone, so that a round has one optimizer step, not "
+                f"{self.round_steps}: raise --gradient_accumulation_steps to {self.items // config.train_batch_size}"
+            )
+        if heldout_reward and (heldout_reward.name == reward.name or set(heldout_reward.sha256) & set(reward.sha256)):
+            raise ValueError(f"heldout_reward {heldout_reward.name} is by the model of the reward: name another's")
 
     def _kept_steps(self) -> int:
         return max(1, round(len(self.policy.stochastic) * self.config.train_timestep_fraction))
@@ -95,7 +104,7 @@ class Rounds:
         """Yield the micro-batches of all rounds from that one on which begins with micro-batch `start`."""
         each = self.round_steps * self.config.gradient_accumulation_steps
         number, within = divmod(start, each)
-        if within:
+        if within or len(self.rows) != number:
             raise ValueError(f"the checkpoint is from the middle of a round of {each} batches: resume its settings")
         if self.accelerator.is_main_process:  # without rounds that came after the checkpoint
             with whole_file(Path(self.config.output_dir, LOG_NAME)) as temporary:
@@ -185,7 +194,7 @@ class Rounds:
         names = [prompt for rank in range(world) for prompt in prompts[rank::world]]
         names = [prompt for prompt in names for _ in range(self.config.num_images_per_prompt)]
         groups = torch.arange(len(everything)) // self.config.num_images_per_prompt
-        spread = everything.view(-1, self.config.num_images_per_prompt).std(dim=1)
+        spread = everything.double().view(-1, self.config.num_images_per_prompt).std(dim=1)
         row |= {"reward": everything.mean().item(), "reward_std": everything.std().item()}
         row["zero_spread"] = (spread < 1e-6).float().mean().item()
         if row["zero_spread"] == 1:
@@ -263,8 +272,9 @@ class Rounds:
             found["heldout_reward"] = self.heldout_reward.score(images, own).mean().item()
         found["kl_to_base"] = divergence
         found["diversity"] = _spread(images, 4) / max(_spread(base, 4), 1e-8)
+        found = broadcast_object_list([found])[0]  # all processes end, or none
         self.watched = [each for each in self.watched if each["round"] < number] + [found]
-        if self.heldout_reward and found["heldout_reward"] >= max(each["heldout_reward"] for each in self.watched):
+        if self.heldout_reward and found is self._best():
             with averaged_weights(self.unet, self.ema):
                 self.best = {str(k): each.detach().clone() for k, each in enumerate(trainable(self.unet))}
         if self.accelerator.is_main_process:
@@ -292,11 +302,15 @@ class Rounds:
                 found.append(own.kl(base))
         return torch.cat(found).mean().item() * len(self.policy.stochastic)
 
+    def _best(self) -> dict[str, float]:
+        """Return the last of the validations with the highest held-out reward."""
+        return max(reversed(self.watched), key=lambda each: each.get("heldout_reward", -math.inf))
+
     def _ended(self) -> bool:
         """Whether the held-out reward stayed below its best `patience` times, and the reward above it there."""
         if not self.heldout_reward or not self.config.patience or len(self.watched) <= self.config.patience:
             return False
-        best = max(self.watched, key=lambda each: each["heldout_reward"])
+        best = self._best()
         later = self.watched[self.watched.index(best) + 1 :]
         risen = all(each["heldout_prompts_reward"] > best["heldout_prompts_reward"] for each in later)
         if len(later) < self.config.patience or not risen:

@@ -58,9 +58,9 @@ from visbio_diffusers.evaluation.sampling import (
     place_order,
     store_name,
 )
-from visbio_diffusers.files import whole_file
+from visbio_diffusers.files import digest, whole_file
 from visbio_diffusers.grid import contact_sheet
-from visbio_diffusers.load import check_device, load_pipeline, training_sets
+from visbio_diffusers.load import check_device, load_pipeline, main_weights, training_sets
 
 
 logger = logging.getLogger(__name__)
@@ -327,7 +327,9 @@ def check_independent(evaluators: list[Evaluator | Aligner], facts: dict) -> Non
     """
     rewards = facts.get("reward_sha256", "").split(", ")
     for judge in evaluators:
-        if weights_hash(judge.model) in rewards:
+        folder = Path(judge.training.get("source", ""))
+        files = main_weights(folder) if folder.is_dir() and "source" in judge.training else []
+        if {weights_hash(judge.model), digest(*files)} & set(rewards):
             raise ValueError(
                 f"evaluator {judge.name} was the reward that this model was tuned with, so it would praise itself: "
                 "name a folder of other --evaluators"
