@@ -58,7 +58,7 @@ def base(tiny_pipeline_dir, tmp_path_factory):
 @pytest.fixture
 def flags(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("own_rewards.py").write_text(OWN_REWARDS)
+    Path("toy_rewards.py").write_text(OWN_REWARDS)
     Path("prompts.txt").write_text("a cell\na nucleus\n")
     common = ["--preset", "tiny", "--pretrained_model_name_or_path", base, "--prompts", "prompts.txt"]
     common += ["--target_modules", "conv_in", "conv2", "conv_out", "--learning_rate", 2e-2, "--clip_range", 1e-2]
@@ -107,7 +107,7 @@ def test_the_reward_rises(flags, objective, reward, rise):
 
 
 def test_noise_teaches_nothing_of_the_reward(flags):
-    found = train(flags, "run", "--reward", "own_rewards:noise", "--heldout_reward", "brightness", "--patience", 0)
+    found = train(flags, "run", "--reward", "toy_rewards:noise", "--heldout_reward", "brightness", "--patience", 0)
     assert abs(found[-1]["heldout_reward"] - found[0]["heldout_reward"]) < 0.1
     assert 0.3 < found[-2]["reward"] < 0.7
 
@@ -131,7 +131,7 @@ def test_resumed_equals_uninterrupted(flags, more):
 
 
 def test_killed_in_a_rollout_only_the_round_is_lost(flags):
-    command = [sys.executable, str(FILE), *flags, "--output_dir", "run", "--reward", "own_rewards:killed"]
+    command = [sys.executable, str(FILE), *flags, "--output_dir", "run", "--reward", "toy_rewards:killed"]
     command += ["--save_rounds", "2", "--validation_rounds", "0"]
     killed = subprocess.run(command, capture_output=True, env=ENVIRONMENT)
     assert killed.returncode == -signal.SIGKILL
@@ -144,14 +144,19 @@ def test_killed_in_a_rollout_only_the_round_is_lost(flags):
 
 
 LAUNCHED = """
-import runpy, sys, torch
+import os, runpy, sys, torch
 script = runpy.run_path(sys.argv[1])
-kept = []
-add = script["add_adapter"]
-script["main"].__globals__["add_adapter"] = lambda *a: kept.append(add(*a)) or kept[0]
+finish = script["Rounds"].finish
+
+def finish_and_save(rounds):
+    finish(rounds)
+    trained = {name: value.detach() for name, value in rounds.unet.named_parameters() if value.requires_grad}
+    torch.save(trained, f"rank{torch.distributed.get_rank()}.pt")
+    torch.distributed.barrier()
+    os._exit(0)  # taking two processes down has been seen to hang in gloo
+
+script["Rounds"].finish = finish_and_save
 script["main"](script["parse"](script["DDPOConfig"], script["PRESETS"], sys.argv[2:]))
-rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else __import__("os").environ["RANK"]
-torch.save({n: p.detach() for n, p in kept[0].named_parameters() if p.requires_grad}, f"rank{rank}.pt")
 """
 
 
@@ -182,9 +187,9 @@ def test_training_ends_where_the_heldout_reward_falls_and_goes_back_to_its_best(
 
 
 def test_a_constant_reward_changes_nothing(flags, caplog):
-    found = train(flags, "run", "--num_rounds", 1, "--reward", "own_rewards:constant")
+    found = train(flags, "run", "--num_rounds", 1, "--reward", "toy_rewards:constant")
     assert found[0]["zero_spread"] == 1 and found[-1]["kl_to_base"] == 0
-    assert "own_rewards:constant is the same for all images of a prompt" in caplog.text
+    assert "toy_rewards:constant is the same for all images of a prompt" in caplog.text
 
 
 @pytest.mark.parametrize(
