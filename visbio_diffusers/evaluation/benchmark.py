@@ -327,8 +327,8 @@ def check_independent(evaluators: list[Evaluator | Aligner], facts: dict) -> Non
     """
     rewards = facts.get("reward_sha256", "").split(", ")
     for judge in evaluators:
-        folder = Path(judge.training.get("source", ""))
-        files = main_weights(folder) if folder.is_dir() and "source" in judge.training else []
+        source = judge.training.get("source")  # of an extractor
+        files = main_weights(Path(source)) if source else []
         if {weights_hash(judge.model), digest(*files)} & set(rewards):
             raise ValueError(
                 f"evaluator {judge.name} was the reward that this model was tuned with, so it would praise itself: "
