@@ -1,6 +1,7 @@
 """Captions as tensors: padding, the mask, and a cache on disk that can be neither stale nor half written."""
 
 import os
+import threading
 
 import pytest
 import torch
@@ -59,25 +60,25 @@ def test_cache_gives_what_encoding_gives(tiny_text, tmp_path):
 
 def test_cache_is_written_once_and_read_again(tiny_text, tmp_path, monkeypatch):
     first = EmbeddingCache(CAPTIONS, *tiny_text, tmp_path / "deep" / "folder")
-    os.utime(first.path, (1, 1))
+    os.utime(first.paths[0], (1, 1))
     monkeypatch.setattr(text, "encode_text", None)  # a second encoding would fail
     second = EmbeddingCache(CAPTIONS, *tiny_text, tmp_path / "deep" / "folder")
-    assert second.path == first.path and first.path.stat().st_mtime == 1
-    assert [path.name for path in first.path.parent.iterdir()] == [first.path.name]
+    assert second.paths[0] == first.paths[0] and first.paths[0].stat().st_mtime == 1
+    assert [path.name for path in first.paths[0].parent.iterdir()] == [first.paths[0].name]
     assert torch.equal(second(CAPTIONS)[0], first(CAPTIONS)[0])
 
 
 def test_other_weights_captions_or_tokens_make_another_file(tiny_text, tmp_path):
     encoder, tokenizer = tiny_text
-    paths = [EmbeddingCache(CAPTIONS, encoder, tokenizer, tmp_path).path]
-    paths.append(EmbeddingCache(CAPTIONS[:3], encoder, tokenizer, tmp_path).path)
-    paths.append(EmbeddingCache(CAPTIONS[::-1], encoder, tokenizer, tmp_path).path)
+    paths = [EmbeddingCache(CAPTIONS, encoder, tokenizer, tmp_path).paths[0]]
+    paths.append(EmbeddingCache(CAPTIONS[:3], encoder, tokenizer, tmp_path).paths[0])
+    paths.append(EmbeddingCache(CAPTIONS[::-1], encoder, tokenizer, tmp_path).paths[0])
     with torch.no_grad():
         encoder.encoder.layer[0].output.dense.bias[3] += 1e-3
-    paths.append(EmbeddingCache(CAPTIONS, encoder, tokenizer, tmp_path).path)
+    paths.append(EmbeddingCache(CAPTIONS, encoder, tokenizer, tmp_path).paths[0])
     tokenizer.add_tokens(["neutrophil"])
     encoder.resize_token_embeddings(len(tokenizer))
-    paths.append(EmbeddingCache(CAPTIONS, encoder, tokenizer, tmp_path).path)
+    paths.append(EmbeddingCache(CAPTIONS, encoder, tokenizer, tmp_path).paths[0])
     assert len(set(paths)) == len(list(tmp_path.iterdir())) == 5
 
 
@@ -102,3 +103,20 @@ def test_a_failed_write_leaves_nothing(tiny_text, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         EmbeddingCache(CAPTIONS, *tiny_text, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_processes_share_the_encoding(tiny_text, tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "PART", 2)
+    barrier, found = threading.Barrier(2), {}
+
+    def process(rank):
+        share = {"rank": rank, "world_size": 2, "wait": barrier.wait}
+        found[rank] = EmbeddingCache(CAPTIONS, *tiny_text, tmp_path / "shared", 1, **share)
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in (0, 1)]
+    [thread.start() for thread in threads]
+    [thread.join(60) for thread in threads]
+    alone = EmbeddingCache(CAPTIONS, *tiny_text, tmp_path / "alone", 1)
+    assert len(alone.paths) == 2 and sorted(os.listdir(tmp_path / "shared")) == sorted(os.listdir(tmp_path / "alone"))
+    for cache in found.values():
+        assert torch.equal(cache(CAPTIONS)[0], alone(CAPTIONS)[0])

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Mistakes are answe
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -126,7 +127,25 @@ def _build_parser() -> argparse.ArgumentParser:
     preview.add_argument("--caption-bank", help="describes the classes of a set that is not MedMNIST's")
     preview.add_argument("--output", type=Path, default=Path("preview.png"), help="the sheet; default: %(default)s")
     preview.set_defaults(run=_preview_data)
+    shards = actions.add_parser("shards", help="pack a set of any kind into WebDataset shards")
+    _add_shards_arguments(shards)
+    shards.set_defaults(run=_pack_shards, error=shards.error)
     return parser
+
+
+def _add_shards_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("dataset", help="a MedMNIST flag, an npz, a folder, a Hub set, shards")
+    add("--output", type=Path, required=True, help="folder, with one in it for each split")
+    add("--split", action="append", help="default: train; may be given several times")
+    add("--resolution", type=_positive, help="side in pixels; default: as they are")
+    add("--tile-size", type=_positive, default=64, help="of photographs in Cellpose's layout; default: %(default)s")
+    add("--caption-bank", help="describes the classes of a set that is not MedMNIST's")
+    add("--caption-column", default="text", help="default: %(default)s")
+    add("--format", choices=("png", "jpg", "original"), default="png", help="default: %(default)s")
+    add("--quality", type=_positive, default=95, help="of JPEG; default: %(default)s")
+    add("--samples-per-shard", type=_positive, default=4096, help="default: %(default)s")
+    add("--num-workers", type=_positive, default=os.cpu_count(), help="shards written at a time; default: all cores")
 
 
 def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -304,6 +323,29 @@ def _preview_data(args: argparse.Namespace) -> None:
         for name, count in counts.items():
             _say(f"{title} {name.ljust(width)}  {count:7d}")
     _say(str(args.output))
+
+
+def _pack_shards(args: argparse.Namespace) -> None:
+    from visbio_diffusers.data import load_image_dataset
+    from visbio_diffusers.data.pack import Packing, pack_shards
+
+    packing = Packing(
+        image_format=args.format, quality=args.quality, samples_per_shard=args.samples_per_shard, source=args.dataset
+    )
+    for split in args.split or ["train"]:
+        dataset = load_image_dataset(
+            args.dataset,
+            split,
+            resolution=args.resolution,
+            tile_size=args.tile_size,
+            caption_bank=args.caption_bank,
+            caption_column=args.caption_column,
+        )
+        folder = args.output / dataset.split
+        manifest = pack_shards(dataset, folder, packing, args.num_workers)
+        for reason in manifest["left_out"]:
+            _say(f"left out: {reason}")
+        _say(f"{manifest['num_samples']} images in {len(manifest['shards'])} shards: {folder}")
 
 
 def _positive(text: str) -> int:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from visbio_diffusers.files import whole_file
+
+
+PART = 16_384  # captions of one file of embeddings
 
 
 def max_tokens(tokenizer, text_encoder) -> int:
@@ -67,39 +70,57 @@ def text_mask(prompt_embeds: torch.Tensor) -> torch.Tensor:
 
 
 class EmbeddingCache:
-    """Hidden states of a fixed set of captions, each encoded once and kept in one file.
+    """Hidden states of a fixed set of captions, each encoded once and kept in files of 16,384 captions.
 
-    The file's name is a hash of encoder weights, captions and their tokens, so that it can never be stale; it is read
-    memory-mapped, and holds fp16.
+    The files' names have a hash of encoder weights, captions and their tokens, so that they can never be stale; they
+    are read memory-mapped, and hold fp16. Several processes with the same arguments share the work out.
 
     Args:
         captions (`Sequence[str]`): the distinct captions; looked up by their text.
-        text_encoder, tokenizer: see `encode_text`; used only if the file does not exist yet.
-        folder (`str` or `Path`): where the file is kept.
+        text_encoder, tokenizer: see `encode_text`; used only for files that do not exist yet.
+        folder (`str` or `Path`): where the files are kept.
         batch_size (`int`): captions per forward pass of the encoder.
+        rank, world_size (`int`): this process, and how many there are.
+        wait (`Callable`): returns when all processes have called it.
     """
 
-    def __init__(self, captions: Sequence[str], text_encoder, tokenizer, folder: str | Path, batch_size: int = 256):
-        self.row = {caption: row for row, caption in enumerate(captions)}
+    def __init__(
+        self,
+        captions: Sequence[str],
+        text_encoder,
+        tokenizer,
+        folder: str | Path,
+        batch_size: int = 256,
+        rank: int = 0,
+        world_size: int = 1,
+        wait: Callable[[], None] = lambda: None,
+    ):
+        order = sorted(range(len(captions)), key=lambda row: len(captions[row]))  # neighbours of like length
+        ordered = [captions[row] for row in order]
+        self.row = {caption: row for row, caption in enumerate(ordered)}
         if len(self.row) != len(captions):
             raise ValueError("the captions of an EmbeddingCache must be distinct")
-        self.path = Path(folder, f"embeddings-{_fingerprint(captions, text_encoder, tokenizer)}.safetensors")
-        if not self.path.exists():
-            self._write(list(captions), text_encoder, tokenizer, batch_size)
-        self._file = safe_open(self.path, framework="pt")
-        self._tokens = self._file.get_slice("tokens")
-        self._starts = self._file.get_tensor("starts").tolist()
+        stem = f"embeddings-{_fingerprint(captions, text_encoder, tokenizer)}"
+        self.part_size = max(1, PART // batch_size) * batch_size
+        parts = range(-(-len(ordered) // self.part_size))
+        self.paths = [Path(folder, f"{stem}-{part:05d}.safetensors") for part in parts]
+        for part in parts[rank::world_size]:
+            if not self.paths[part].exists():
+                texts = ordered[part * self.part_size : (part + 1) * self.part_size]
+                self._write(self.paths[part], texts, text_encoder, tokenizer, batch_size)
+        wait()
+        files = [safe_open(path, framework="pt") for path in self.paths]
+        self._tokens = [file.get_slice("tokens") for file in files]
+        self._starts = [file.get_tensor("starts").tolist() for file in files]
 
-    def _write(self, captions, text_encoder, tokenizer, batch_size):
-        order = sorted(range(len(captions)), key=lambda row: len(captions[row]))  # neighbours of like length
-        states = [torch.empty(0)] * len(captions)
-        for start in tqdm(range(0, len(order), batch_size), desc="encoding captions", unit="batch"):
-            rows = order[start : start + batch_size]
-            hidden_states = encode_text(text_encoder, tokenizer, [captions[row] for row in rows])
-            for row, state, mask in zip(rows, hidden_states, text_mask(hidden_states)):
-                states[row] = state[mask].half().cpu()
+    @staticmethod
+    def _write(path, captions, text_encoder, tokenizer, batch_size):
+        states = []
+        for start in tqdm(range(0, len(captions), batch_size), desc="encoding captions", unit="batch"):
+            hidden_states = encode_text(text_encoder, tokenizer, captions[start : start + batch_size])
+            states += [state[mask].half().cpu() for state, mask in zip(hidden_states, text_mask(hidden_states))]
         starts = torch.tensor([0, *(len(state) for state in states)]).cumsum(0)
-        with whole_file(self.path) as temporary:
+        with whole_file(path) as temporary:
             save_file({"tokens": torch.cat(states), "starts": starts}, temporary)
 
     def __call__(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,10 +129,13 @@ class EmbeddingCache:
         Raises:
             KeyError: for a caption that was not among those given at the start.
         """
-        rows = [self.row[caption] for caption in captions]
-        states = [self._tokens[self._starts[row] : self._starts[row + 1]] for row in rows]
+        states = [self._state(self.row[caption]) for caption in captions]
         mask = pad_sequence([torch.ones(len(state), dtype=torch.bool) for state in states], batch_first=True)
         return pad_sequence(states, batch_first=True).float(), mask
+
+    def _state(self, row: int) -> torch.Tensor:
+        part, index = divmod(row, self.part_size)
+        return self._tokens[part][self._starts[part][index] : self._starts[part][index + 1]]
 
 
 def _fingerprint(captions, text_encoder, tokenizer) -> str:

@@ -71,9 +71,9 @@ def load_captioned_images(
     caption_fn, captions = caption_pools(datasets, config.captions_per_class, config.seed)
     prompts = config.validation_prompts or _plain_captions(datasets)
     text_encoder.to(accelerator.device)
-    with accelerator.main_process_first():
-        texts = list(dict.fromkeys(["", *captions, *prompts]))
-        embed = EmbeddingCache(texts, text_encoder, tokenizer, Path(config.output_dir, "cache"))
+    texts, cache = list(dict.fromkeys(["", *captions, *prompts])), Path(config.output_dir, "cache")
+    share = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+    embed = EmbeddingCache(texts, text_encoder, tokenizer, cache, **share, wait=accelerator.wait_for_everyone)
     text_encoder.to("cpu")
     logger.info(f"{sum(len(dataset) for dataset in datasets)} images, {len(captions)} captions")
     return CaptionedImages(datasets, embed, prompts, _stream(datasets, caption_fn, embed, accelerator, config))
@@ -98,6 +98,7 @@ def _stream(datasets, caption_fn, embed: EmbeddingCache, accelerator: Accelerato
                 "encoder_hidden_states": states,
                 "mask": mask,
                 "groups": torch.tensor(groups),
+                "sources": torch.tensor(batch["sources"]),  # (batch, 2): number of the set, and of the image in it
             }
 
     return stream

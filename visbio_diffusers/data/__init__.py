@@ -11,10 +11,12 @@ from visbio_diffusers.captions import load_bank
 from visbio_diffusers.data.cellpose import is_cellpose, load_cellpose
 from visbio_diffusers.data.dataset import ImageDataset, fit_image
 from visbio_diffusers.data.folder import CAPTION_COLUMN, IMAGE_COLUMN, LABEL_COLUMN, load_folder
-from visbio_diffusers.data.medmnist import MEDMNIST, list_datasets, load_medmnist, parse_flag
-from visbio_diffusers.data.mixture import MixedSampler, training_batches
+from visbio_diffusers.data.medmnist import MEDMNIST, cache_folder, list_datasets, load_medmnist, parse_flag
+from visbio_diffusers.data.mixture import training_batches
 from visbio_diffusers.data.pools import caption_pools
 from visbio_diffusers.data.preview import preview
+from visbio_diffusers.data.sampler import MixedSampler
+from visbio_diffusers.data.shards import is_shards, load_shards
 
 
 __all__ = [
@@ -45,12 +47,14 @@ def load_image_dataset(
     max_samples: int | None = None,
     tile_size: int = 64,
     cache_dir: str | Path | None = None,
+    allow_pipe: bool = False,
 ) -> ImageDataset:
-    """Load one split of any image set: a MedMNIST flag, an npz, a folder, parquet, a Hub set, or Cellpose's layout.
+    """Load one split of any image set: a MedMNIST flag, an npz, a folder, parquet, a Hub set, Cellpose, shards.
 
     Args:
         name (`str`): a MedMNIST flag ("bloodmnist", "pathmnist_64"), the path of an npz in MedMNIST's format, of a
             parquet file, or of a folder, or "owner/name" of a Hub set. A folder named like a flag is "./bloodmnist".
+            WebDataset shards are a folder or an address, see `load_shards`.
         split (`str`): "train", "val" (the same as "validation"), "test", or a split of the set's own.
         resolution (`int`, *optional*): side of the images in pixels (shorter side resized, centre cropped); `None`
             keeps the sizes as they are.
@@ -61,6 +65,7 @@ def load_image_dataset(
         max_samples (`int`, *optional*): keep this many images, drawn at random but always the same.
         tile_size (`int`): side of the tiles, see `load_cellpose`.
         cache_dir (`str` or `Path`, *optional*): where downloads are kept.
+        allow_pipe (`bool`): let the address of shards be `pipe:COMMAND`, which runs a shell.
 
     Raises:
         ValueError: for an unknown name, a missing split or column, damaged files, missing captions, or classes that
@@ -72,7 +77,10 @@ def load_image_dataset(
         raise ValueError(f"channels={channels}: images have 1 (grey) or 3 (RGB)")
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples={max_samples}: keep at least 1, or leave it out to keep all")
-    if _is_medmnist(name):
+    if is_shards(name):
+        cache = cache_folder(cache_dir)
+        dataset = load_shards(name, split, caption_column, label_column, caption_bank is None, cache, allow_pipe)
+    elif _is_medmnist(name):
         dataset = load_medmnist(name, split, cache_dir)
     elif is_cellpose(Path(name).expanduser()):
         dataset = load_cellpose(name, split, tile_size, resolution)

@@ -16,6 +16,10 @@ logger = logging.getLogger(__name__)
 KEEP_BYTES = 2**28  # decoded images of a set are kept if all of them fit
 
 
+class UnreadableImage(ValueError):
+    """An image of a set of shards that cannot be read; a training goes on without it."""
+
+
 def fit_image(image: np.ndarray | Image.Image, resolution: int | None = None, channels: int = 3) -> np.ndarray:
     """Return an image as uint8 RGB or grey array of the wanted size.
 
@@ -49,12 +53,14 @@ class ImageDataset:
         images (`np.ndarray` of shape `(n, height, width[, channels])`, uint8, or a sequence of PIL images): arrays are
             kept in memory, a sequence decodes on access.
         labels (`np.ndarray` of shape `(n,)`, int64, or `(n, classes)`, 0/1, *optional*): class of every image.
-        captions (`list[str]`, *optional*): caption of every image.
-        subtypes (`list[str | None]`, *optional*): a finer name than the class, where one is known.
+        captions (`Sequence[str]`, *optional*): caption of every image.
+        subtypes (`Sequence[str | None]`, *optional*): a finer name than the class, where one is known.
         class_names (`tuple[str, ...]`, *optional*): in the order of the labels.
         bank (`str`, *optional*): caption bank that turns labels into captions.
         licence (`str`, *optional*): licence of the images.
         resolution (`int`, *optional*), channels (`int`): form of the images in the items, see `fit_image`.
+        shard_starts (`np.ndarray` of shape `(shards,)`, int64, *optional*): first image of each of the files in which
+            they lie; a training then goes through one file after the other.
         kept (`tuple[np.ndarray, np.ndarray]`, *optional*): room for images once decoded, and which ones are.
     """
 
@@ -62,13 +68,14 @@ class ImageDataset:
     split: str
     images: np.ndarray | Sequence[Image.Image]
     labels: np.ndarray | None = None
-    captions: list[str] | None = None
-    subtypes: list[str | None] | None = None
+    captions: Sequence[str] | None = None
+    subtypes: Sequence[str | None] | None = None
     class_names: tuple[str, ...] | None = None
     bank: str | None = None
     licence: str | None = None
     resolution: int | None = None
     channels: int = 3
+    shard_starts: np.ndarray | None = None
     kept: tuple[np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -77,9 +84,12 @@ class ImageDataset:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return `image` (uint8, height x width x channels), `label` (int, 0/1 vector, None), `subtype`, `caption`."""
+        return {"image": self._image(index), **self.about(index)}
+
+    def about(self, index: int) -> dict[str, Any]:
+        """Return what is known of an image, without the image."""
         label = None if self.labels is None else self.labels[index]
         return {
-            "image": self._image(index),
             "label": int(label) if np.ndim(label) == 0 and label is not None else label,
             "subtype": None if self.subtypes is None else self.subtypes[index],
             "caption": None if self.captions is None else self.captions[index],
@@ -94,6 +104,7 @@ class ImageDataset:
             labels=None if self.labels is None else self.labels[indices],
             captions=None if self.captions is None else [self.captions[i] for i in indices],
             subtypes=None if self.subtypes is None else [self.subtypes[i] for i in indices],
+            shard_starts=None,
             kept=None,
         )
 

@@ -47,7 +47,7 @@ def download_file(url: str, path: str | Path, md5: str) -> Path:
             _check_existing(path, md5)
             return path
         part = Path(f"{path}.part")
-        _fetch(url, part)
+        fetch(url, part)
         found = digest(part, algorithm="md5")
         if found != md5:
             part.unlink()
@@ -57,13 +57,17 @@ def download_file(url: str, path: str | Path, md5: str) -> Path:
     return path
 
 
-def _fetch(url: str, part: Path) -> None:
-    """Append the missing bytes to `part`, reconnecting as long as each connection brings some."""
+def fetch(url: str, part: Path, show: bool = True) -> None:
+    """Append the missing bytes of a file to `part`, reconnecting as long as each connection brings some.
+
+    Raises:
+        OSError: if it cannot be had, or the disk is too small.
+    """
     failures = 0
     while True:
         size_before = part.stat().st_size if part.exists() else 0
         try:
-            if _fetch_once(url, part, size_before):
+            if _fetch_once(url, part, size_before, show):
                 return
             reason = "the connection was cut"
         except requests.HTTPError as error:
@@ -85,7 +89,7 @@ def _fetch(url: str, part: Path) -> None:
         logger.warning("download of %s: %s after %d bytes, reconnecting", url, reason, size)
 
 
-def _fetch_once(url: str, part: Path, offset: int) -> bool:
+def _fetch_once(url: str, part: Path, offset: int, show: bool) -> bool:
     """Read one response into `part`; return whether the file is complete."""
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={offset}-"} if offset else {})
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
@@ -100,7 +104,8 @@ def _fetch_once(url: str, part: Path, offset: int) -> bool:
             raise OSError(
                 f"{url} needs {missing} bytes, {part.parent} has {free} free: set VISBIO_CACHE to a larger disk"
             )
-        bar = tqdm(total=offset + missing or None, initial=offset, unit="B", unit_scale=True, desc=part.stem)
+        total, quiet = offset + missing or None, not show
+        bar = tqdm(total=total, initial=offset, unit="B", unit_scale=True, desc=part.stem, disable=quiet)
         with bar, part.open("ab" if resumed else "wb") as file:
             for chunk in response.iter_content(CHUNK_BYTES):
                 file.write(chunk)

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from visbio_diffusers.data.dataset import ImageDataset
+from visbio_diffusers.data.photograph import to_eight_bits
 from visbio_diffusers.files import one_line
 
 
@@ -50,7 +51,7 @@ class EncodedImages:
         """
         image = self.open(index)
         try:
-            return _to_eight_bits(image)
+            return to_eight_bits(image)
         except (OSError, SyntaxError, ValueError) as error:
             raise ValueError(f"cannot read image {self.where(index)} ({error}): replace or remove it") from error
 
@@ -65,6 +66,11 @@ class EncodedImages:
             reason = "no image format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
             raise ValueError(f"cannot read image {self.where(index)} ({reason}): replace or remove it") from error
 
+    def encoded(self, index: int) -> bytes:
+        """Return the bytes of one image file."""
+        encoded = self.column[int(index)][self.image_column]
+        return Path(encoded["path"]).read_bytes() if encoded["bytes"] is None else encoded["bytes"]
+
     def where(self, index: int) -> str:
         """Return the file of an image, or its row where it comes from no file of its own."""
         encoded = self.column[int(index)][self.image_column]
@@ -73,19 +79,6 @@ class EncodedImages:
     def select(self, indices: np.ndarray) -> EncodedImages:
         """Return the images at `indices` (int array)."""
         return replace(self, column=self.column.select(indices))
-
-
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey (microscopy TIFF and PNG) to 8 bits; PIL's own conversion saturates everything above 255."""
-    image.load()
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("32-bit integers of unknown range")
-        return Image.fromarray((values // 257).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("32-bit floats of unknown range")
-    return image
 
 
 def load_folder(

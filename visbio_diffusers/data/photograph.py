@@ -70,6 +70,19 @@ def read_photograph(path: str | Path) -> Image.Image:
         raise ValueError(f"cannot read image {path} ({reason}): replace or remove it") from error
 
 
+def to_eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey (microscopy TIFF and PNG) to 8 bits; PIL's own conversion saturates everything above 255."""
+    image.load()
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("32-bit integers of unknown range")
+        return Image.fromarray((values // 257).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("32-bit floats of unknown range")
+    return image
+
+
 def _is_plain(path: Path) -> bool:
     """Return whether a TIFF is a single picture of a kind that Pillow knows, compressed or not."""
     try:

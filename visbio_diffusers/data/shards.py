@@ -1,0 +1,343 @@
+"""Sets in shards, of any size: WebDataset tar files here or elsewhere, read in any order through their indices.
+
+A set that `visbio data shards` has packed is a folder for each split, with `000000.tar`, its index `000000.arrow`, and
+`manifest.json`. Shards of other origin have no index: theirs are made on first use, and kept in the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from tqdm.auto import tqdm
+
+from visbio_diffusers.data.dataset import ImageDataset, UnreadableImage
+from visbio_diffusers.data.medmnist import MEDMNIST
+from visbio_diffusers.data.photograph import UNREADABLE, to_eight_bits
+from visbio_diffusers.data.remote import PIPE, RemoteFiles, is_remote
+from visbio_diffusers.data.webdataset import index_shard, read_index, write_index
+
+
+if TYPE_CHECKING:
+    import pyarrow
+
+MANIFEST = "manifest.json"
+OPEN_FILES = 64
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard: the address of its tar file, that of its index if it has one, and what its manifest says."""
+
+    address: str
+    index: str = ""
+    num_bytes: int | None = None
+    sha256: str = ""
+
+
+def is_shards(name: str) -> bool:
+    """Return whether a name means shards: an address of tar files or of a manifest, or a folder that holds such."""
+    if name.startswith(PIPE) or name.endswith((".tar", f"/{MANIFEST}")):
+        return True
+    folder = Path(name).expanduser()
+    if name.partition("_")[0] in MEDMNIST or not folder.is_dir():
+        return False
+    return any(next(folder.glob(pattern), None) for pattern in ("*.tar", "*/*.tar", MANIFEST))
+
+
+def load_shards(
+    name: str,
+    split: str,
+    caption_column: str,
+    label_column: str,
+    captions_needed: bool,
+    cache: Path,
+    allow_pipe: bool = False,
+) -> ImageDataset:
+    """Load one split of a set in shards; images are read when they are asked for, remote shards when they are needed.
+
+    Args:
+        name (`str`): a folder, or an address of tar files or of a manifest: a path, a URL, or `pipe:COMMAND`. In it
+            `{000..123}` stands for all these numbers and `{split}` for the split.
+        split (`str`): name of the split.
+        caption_column, label_column (`str`): see `index_shard`.
+        captions_needed (`bool`): `False` if a caption bank speaks for the labels.
+        cache (`Path`): where remote shards and indices are kept.
+        allow_pipe (`bool`): see `RemoteFiles`.
+
+    Raises:
+        ValueError: for a missing split, shards that are damaged or not those of their manifest, and missing captions.
+        FileNotFoundError: if there is no such file.
+        OSError: if a remote file cannot be had.
+    """
+    files = RemoteFiles(cache / "shards", allow_pipe)
+    shards, manifest = find_shards(name, split, files)
+    with ThreadPoolExecutor() as pool:
+        tables = pool.map(lambda shard: _index(shard, files, cache, caption_column, label_column), shards)
+        tables = list(tqdm(tables, desc="reading indices", total=len(shards), disable=None))
+    import pyarrow
+
+    table = pyarrow.concat_tables(tables)
+    starts = np.cumsum([0, *(len(each) for each in tables[:-1])])
+    labels, class_names = _labels(table, manifest, name)
+    bank = manifest.get("bank")
+    captions = None
+    if captions_needed and bank is None:
+        captions = _captions(table, shards, starts, caption_column, optional=class_names is not None)
+    return ImageDataset(
+        name=manifest.get("name") or _plain_name(name),
+        split=split,
+        images=ShardImages(tuple(shards), files, table.select(["key", "offset", "size"]), starts),
+        labels=labels,
+        captions=captions,
+        subtypes=None if table["subtype"].null_count == len(table) else Texts(table["subtype"]),
+        class_names=class_names,
+        bank=bank,
+        licence=manifest.get("licence"),
+        shard_starts=starts,
+    )
+
+
+def find_shards(name: str, split: str, files: RemoteFiles) -> tuple[list[Shard], dict[str, Any]]:
+    """Return the shards of a split, and their manifest, which is empty for shards of other origin."""
+    split = "val" if split == "validation" else split
+    address = name.replace("{split}", split)
+    if not is_remote(address) and Path(address).expanduser().is_dir():
+        address = _in_folder(Path(address).expanduser(), split)
+    if address.endswith(f"/{MANIFEST}"):
+        return _of_manifest(address, split, files)
+    addresses = [f"{PIPE}{each}" for each in _expand(address.removeprefix(PIPE))] if address.startswith(PIPE) else None
+    addresses = addresses or [each for pattern in _expand(address) for each in _glob(pattern)]
+    if split != "train" and "{split}" not in name and addresses == _expand(name):
+        raise ValueError(f"{name} are the shards of one split: put {{split}} into the address to have {split!r} too")
+    return [Shard(each) for each in addresses], {}
+
+
+def _in_folder(folder: Path, split: str) -> str:
+    """Return the address of a split in a folder: a manifest, or a pattern of tar files."""
+    for place in (folder / split, folder):
+        if (place / MANIFEST).exists():
+            return str(place / MANIFEST)
+        if place != folder and next(place.glob("*.tar"), None):
+            return str(place / "*.tar")
+    if next(folder.glob(f"{split}*.tar"), None):
+        return str(folder / f"{split}*.tar")
+    if split == "train" and not next(folder.glob("*/*.tar"), None):
+        return str(folder / "*.tar")
+    splits = sorted({path.parent.name for path in folder.glob("*/*.tar")})
+    raise ValueError(f"{folder} has no split {split!r}: it has {', '.join(splits) or 'train'}")
+
+
+def _of_manifest(address: str, split: str, files: RemoteFiles) -> tuple[list[Shard], dict[str, Any]]:
+    base = address.removesuffix(MANIFEST)
+    try:
+        manifest = json.loads(files.local(address).read_text(encoding="utf-8"))
+        entries = [(each["file"], int(each["num_bytes"]), str(each["sha256"])) for each in manifest["shards"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{address} is no manifest of shards, or damaged: pack the set again") from error
+    if not manifest.get("complete"):
+        raise ValueError(f"{address} is of a set that is not packed to its end: give the same command again")
+    if manifest["split"] != split:
+        raise ValueError(f"{address} has no split {split!r}: it has {manifest['split']}")
+    if any(Path(file).name != file for file, _, _ in entries):
+        raise ValueError(f"{address} names shards outside of its folder: such manifests are refused")
+    shards = [Shard(base + file, base + _index_name(file), size, sha256) for file, size, sha256 in entries]
+    for shard in shards:
+        path = Path(shard.address)
+        if not is_remote(shard.address) and (not path.exists() or path.stat().st_size != shard.num_bytes):
+            raise ValueError(f"{path} is missing, or not as long as {MANIFEST} says: get it again")
+    return shards, manifest
+
+
+def _index_name(file: str) -> str:
+    return file.removesuffix(".tar") + ".arrow"
+
+
+def _expand(pattern: str) -> list[str]:
+    """Replace `{000..123}` by each of these numbers."""
+    match = _RANGE.search(pattern)
+    if match is None:
+        return [pattern]
+    first, last = match.groups()
+    numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    if not numbers:
+        raise ValueError(f"{match[0]} in {pattern} names no shard: the first number is the smaller one")
+    return [each for number in numbers for each in _expand(pattern[: match.start()] + number + pattern[match.end() :])]
+
+
+def _glob(pattern: str) -> list[str]:
+    """Return the files that a pattern of paths means; URLs stay."""
+    if is_remote(pattern):
+        return [pattern]
+    path = Path(pattern).expanduser()
+    found = sorted(map(str, path.parent.glob(path.name)))
+    if not found:
+        raise FileNotFoundError(f"no shard {pattern}: check the path")
+    return found
+
+
+def _plain_name(name: str) -> str:
+    return Path(_RANGE.sub("", name.replace("{split}", ""))).stem.strip("-_*") or "shards"
+
+
+def _index(shard: Shard, files: RemoteFiles, cache: Path, caption_column: str, label_column: str) -> pyarrow.Table:
+    """Return the index of a shard: the one beside it, or the one in the cache, which is made if it is not there."""
+    if shard.index:
+        return read_index(files.local(shard.index))
+    mark = shard.address
+    if not is_remote(mark):
+        status = Path(mark).stat()
+        mark = f"{Path(mark).resolve()} {status.st_size} {status.st_mtime_ns}"
+    stamp = hashlib.sha256(f"{mark} {caption_column} {label_column}".encode()).hexdigest()[:16]
+    index = cache / "indices" / f"{stamp}.arrow"
+    if not index.exists():
+        write_index(index_shard(files.local(shard.address), caption_column, label_column), index)
+    return read_index(index)
+
+
+def _labels(
+    table: pyarrow.Table, manifest: dict[str, Any], name: str
+) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+    names = manifest.get("class_names")
+    for column in ("labels", "class", "label"):
+        missing = table[column].null_count
+        if missing == len(table):
+            continue
+        if missing:
+            raise ValueError(f"{missing} of {len(table)} images of {name} have no label: remove or label them")
+        if column == "label":
+            return table[column].to_numpy().astype(np.int64), names and tuple(names)
+        if column == "labels":
+            return np.array(table[column].to_pylist(), dtype=np.uint8), names and tuple(names)
+        encoded = table[column].combine_chunks().dictionary_encode()
+        found = encoded.dictionary.to_pylist()
+        order = np.argsort(found)
+        rank = np.empty(len(found), dtype=np.int64)
+        rank[order] = np.arange(len(found))
+        return rank[encoded.indices.to_numpy()], tuple(found[place] for place in order)
+    return None, names and tuple(names)
+
+
+def _captions(
+    table: pyarrow.Table, shards: Sequence[Shard], starts: np.ndarray, caption_column: str, optional: bool
+) -> Texts | None:
+    import pyarrow.compute as compute
+
+    empty = compute.fill_null(compute.equal(table["caption"], ""), True)
+    missing = compute.sum(empty).as_py()
+    if not missing:
+        return Texts(table["caption"])
+    if optional and missing == len(table):
+        return None
+    row = compute.index(empty, True).as_py()
+    shard = shards[int(np.searchsorted(starts, row, side="right")) - 1].address
+    raise ValueError(
+        f"{missing} of {len(table)} images have no caption, the first is {table['key'][row].as_py()} in {shard}: add "
+        f"members .txt, or .json with {caption_column!r}, or choose with --caption_column"
+    )
+
+
+@dataclass(frozen=True)
+class Texts(Sequence):
+    """A column of texts that stays on disk until it is looked at."""
+
+    column: pyarrow.ChunkedArray
+
+    def __len__(self) -> int:
+        """Return the number of texts."""
+        return len(self.column)
+
+    def __getitem__(self, index: int) -> str | None:
+        """Return one text."""
+        return self.column[int(index)].as_py()
+
+    def __iter__(self) -> Iterator[str | None]:
+        """Go through the texts, of one shard after the other."""
+        for chunk in self.column.chunks:
+            yield from chunk.to_pylist()
+
+
+@dataclass(frozen=True)
+class ShardImages:
+    """The images of shards as a sequence of PIL images, each read from its place in its file.
+
+    Args:
+        shards (`tuple[Shard, ...]`): the files.
+        files (`RemoteFiles`): brings remote ones.
+        index (`pyarrow.Table`): `key`, `offset` and `size` of every image.
+        starts (`np.ndarray` of shape `(shards,)`): first image of each shard.
+        rows (`np.ndarray` of shape `(n,)`, *optional*): of these images only.
+    """
+
+    shards: tuple[Shard, ...]
+    files: RemoteFiles
+    index: pyarrow.Table
+    starts: np.ndarray
+    rows: np.ndarray | None = None
+    opened: dict[int, io.BufferedReader] = field(default_factory=dict, compare=False)
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.index) if self.rows is None else len(self.rows)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        """Return one decoded image of 8 bits.
+
+        Raises:
+            UnreadableImage: if it cannot be read; names shard and sample.
+            OSError: if its shard cannot be had.
+        """
+        data = self.encoded(index)
+        try:
+            return to_eight_bits(Image.open(io.BytesIO(data)))
+        except UNREADABLE as error:
+            reason = "no image format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+            raise UnreadableImage(f"{self.where(index)} ({reason})") from error
+
+    def encoded(self, index: int) -> bytes:
+        """Return the bytes of one image file."""
+        row = self._row(index)
+        shard = int(np.searchsorted(self.starts, row, side="right")) - 1
+        offset, size = self.index["offset"][row].as_py(), self.index["size"][row].as_py()
+        file = self._file(shard)
+        if hasattr(os, "pread"):  # leaves the position alone, which forked processes share
+            return os.pread(file.fileno(), size, offset)
+        file.seek(offset)
+        return file.read(size)
+
+    def where(self, index: int) -> str:
+        """Return the sample of an image and its shard."""
+        row = self._row(index)
+        shard = self.shards[int(np.searchsorted(self.starts, row, side="right")) - 1]
+        return f"sample {self.index['key'][row].as_py()} in {shard.address}"
+
+    def select(self, indices: np.ndarray) -> ShardImages:
+        """Return the images at `indices` (int array)."""
+        return replace(self, rows=np.asarray(indices) if self.rows is None else self.rows[indices])
+
+    def _row(self, index: int) -> int:
+        return int(index) if self.rows is None else int(self.rows[index])
+
+    def _file(self, shard: int) -> io.BufferedReader:
+        file = self.opened.get(shard)
+        if file is None:
+            path = self.files.local(self.shards[shard].address, self.shards[shard].sha256)
+            file = self.opened[shard] = path.open("rb")
+            for oldest in list(self.opened)[:-OPEN_FILES]:
+                self.opened.pop(oldest, None)  # closed once no thread reads it
+        return file
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave open files behind."""
+        return {**self.__dict__, "opened": {}}
