@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from visbio_diffusers import __version__
+from visbio_diffusers import __version__, pubmed_command
 from visbio_diffusers.files import one_line
 
 
@@ -113,7 +113,7 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_search_arguments(search)
     search.set_defaults(run=_search, error=search.error)
 
-    data = commands.add_parser("data", help="look at image sets")
+    data = commands.add_parser("data", help="look at image sets; get texts of PubMed")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="the MedMNIST sets: sizes, classes, licences")
     listing.set_defaults(run=_list_data)
@@ -126,6 +126,13 @@ def _build_parser() -> argparse.ArgumentParser:
     preview.add_argument("--caption-bank", help="describes the classes of a set that is not MedMNIST's")
     preview.add_argument("--output", type=Path, default=Path("preview.png"), help="the sheet; default: %(default)s")
     preview.set_defaults(run=_preview_data)
+    pubmed = actions.add_parser(
+        "pubmed",
+        help="abstracts of PubMed, of a query or of files, and figure captions of PMC",
+        description=pubmed_command.HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    pubmed_command.add_arguments(pubmed)
     return parser
 
 
