@@ -16,6 +16,7 @@ from urllib.parse import parse_qs
 
 
 _ARTICLE = re.compile(r"<PubmedArticle>.*?</PubmedArticle>", re.DOTALL)
+_RANGE = re.compile(r" AND (\d+):(\d+)\[uid\]$")
 
 
 def stored_articles(folder: Path) -> dict[str, str]:
@@ -25,7 +26,7 @@ def stored_articles(folder: Path) -> dict[str, str]:
 
 
 class EntrezServer(ThreadingHTTPServer):
-    """Finds articles by a word of theirs, and a range of PMIDs.
+    """Finds all its articles, or those in a range of PMIDs, but none of a yeti; lists at most `listed` of them.
 
     Each of `faults` spoils one request: it is called with the handler and returns whether it has answered.
     """
@@ -67,12 +68,12 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_POST
 
     def esearch(self, given: dict[str, str]) -> str:
-        word, _, within = given["term"].partition(" AND ")
-        low, high = map(int, within.removesuffix("[uid]").split(":")) if within else (1, 10**9)
-        found = [pmid for pmid, article in self.server.articles.items() if word.strip("()") in article]
-        found = sorted((pmid for pmid in found if low <= int(pmid) <= high), key=int, reverse=True)
+        within = _RANGE.search(given["term"])
+        low, high = map(int, within.groups()) if within else (0, 10**9)
+        found = [pmid for pmid in self.server.articles if low <= int(pmid) <= high and "yeti" not in given["term"]]
+        found.sort(key=int, reverse=True)
         shown = found[: min(int(given["retmax"]), self.server.listed)]
-        missing = "" if found else f"<ErrorList><PhraseNotFound>{word}</PhraseNotFound></ErrorList>"
+        missing = "" if found else "<ErrorList><PhraseNotFound>yeti</PhraseNotFound></ErrorList>"
         ids = "".join(f"<Id>{pmid}</Id>" for pmid in shown)
         return f"<eSearchResult><Count>{len(found)}</Count><IdList>{ids}</IdList>{missing}</eSearchResult>"
 

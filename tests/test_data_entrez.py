@@ -31,7 +31,7 @@ def server(visbio_data, monkeypatch):
 def fetch(server, tmp_path):
     """Return a function that fetches from the server into `out/a.jsonl`, and returns the rows."""
 
-    def run(query: str = "PMID", email: str = "me@example.org", **more) -> list[dict]:
+    def run(query: str = "cells", email: str = "me@example.org", **more) -> list[dict]:
         output = tmp_path / "out" / "a.jsonl"
         count = fetch_pubmed(query, output, email, base_url=server.url, **more)
         rows = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
@@ -54,11 +54,11 @@ def test_all_articles_come_once_and_the_query_is_kept_beside_them(fetch, server,
     assert server.fetched() == [row["pmid"] for row in expected]
     assert all(given["email"] == "me@example.org" and given["tool"] for _, _, given in server.requests)
     note = json.loads((tmp_path / "out" / "a.json").read_text())
-    assert (note["query"], note["pmids"], note["unanswered"]) == ("PMID", server.fetched(), [])
+    assert (note["query"], note["pmids"], note["unanswered"]) == ("cells", server.fetched(), [])
     requests = len(server.requests)
     assert fetch() == expected
     assert len(server.requests) == requests  # all was there
-    assert {path.name for path in (tmp_path / "out").iterdir()} - {"a.jsonl.lock"} == {"a.json", "a.jsonl"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.json", "a.jsonl", "a.jsonl.lock"}
 
 
 def test_no_more_than_wanted_are_fetched(fetch, server, expected):
@@ -158,7 +158,18 @@ def test_a_killed_command_goes_on_where_it_stopped(fetch, server, expected, tmp_
 
     server.faults = [lambda handler: False] * 2 + [hang]
     output = str(tmp_path / "out" / "a.jsonl")
-    command = ["data", "pubmed", "--query", "PMID", "--email", "a@b.org", "--output", output, "--base_url", server.url]
+    command = [
+        "data",
+        "pubmed",
+        "--query",
+        "cells",
+        "--email",
+        "a@b.org",
+        "--output",
+        output,
+        "--base_url",
+        server.url,
+    ]
     process = multiprocessing.get_context("fork").Process(target=main, args=(command,))  # imports nothing anew
     process.start()
     try:
@@ -218,12 +229,14 @@ def test_mistakes_leave_nothing(case, fetch, tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
-def test_output_of_another_query_is_refused(fetch, tmp_path):
+def test_output_of_another_query_or_kind_is_refused(fetch, tmp_path):
+    with pytest.raises(ValueError, match=r"the output a\.json must end in \.jsonl"):
+        fetch_pubmed("cells", "a.json", "me@example.org")
     fetch(max_results=2)
     with pytest.raises(ValueError, match=r"a\.json says max_results=2, not None"):
         fetch()
-    with pytest.raises(ValueError, match=r"a\.json says query='PMID', not 'cells'"):
-        fetch("cells")
+    with pytest.raises(ValueError, match=r"a\.json says query='cells', not 'blood'"):
+        fetch("blood")
     (tmp_path / "out" / "a.json").unlink()
     with pytest.raises(ValueError, match=r"a\.jsonl exists and is not of this query"):
         fetch()
@@ -234,7 +247,6 @@ USAGE = {
     "both": (["a.xml", "--query", "cells", "--output", "a.jsonl"], "give either files or --query"),
     "no e-mail": (["--query", "cells", "--output", "a.jsonl"], "--query needs --email"),
     "no output": (["a.xml"], "required: --output"),
-    "output": (["a.xml", "--output", "a.json"], "a.json must end in .jsonl"),
 }
 
 
@@ -249,7 +261,7 @@ def test_wrong_usage_is_answered_in_one_line(case, capsys):
 
 def test_key_is_taken_from_the_environment(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NCBI_API_KEY", "s3cret")
-    arguments = ["--query", "PMID", "--email", "a@b.org", "--max_results", "1", "--output", str(tmp_path / "a.jsonl")]
+    arguments = ["--query", "cells", "--email", "a@b.org", "--max_results", "1", "--output", str(tmp_path / "a.jsonl")]
     assert main(["data", "pubmed", *arguments, "--base_url", server.url]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'a.jsonl'}: 1 rows\n"
     assert {given["api_key"] for _, _, given in server.requests} == {"s3cret"}

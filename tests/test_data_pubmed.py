@@ -65,11 +65,11 @@ def test_article_is_that_of_biopython(folder, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))  # where it keeps DTDs
     path = folder / "Entrez" / "pubmed4.xml"
     with path.open("rb") as file:
-        (record,) = Entrez.read(file)["PubmedArticle"]
+        (record,) = Entrez.read(file, escape=True)["PubmedArticle"]
     (row,) = read_pubmed(path)
     citation = record["MedlineCitation"]
     article = citation["Article"]
-    assert (row["pmid"], row["title"]) == (citation["PMID"], article["ArticleTitle"])
+    assert (row["pmid"], plain(row["title"])) == (citation["PMID"], plain(article["ArticleTitle"]))
     sections = [f"{section.attributes['Label']}: {section}" for section in article["Abstract"]["AbstractText"]]
     assert plain(html.escape(row["abstract"])) == plain("".join(sections))
     assert row["mesh"] == [heading["DescriptorName"] for heading in citation["MeshHeadingList"]]
@@ -334,9 +334,12 @@ BAD = {
     "i.xml": (b"<eSearchResult><Count>1</Count></eSearchResult>", "<eSearchResult> holds no articles"),
     "j.xml": (b"<html><body>Blocked</body></html>", "<html> holds no articles"),
     "k.xml": (b"<PubmedArticleSet></PubmedArticleSet>", "no article, and no figure with a caption, in"),
+    "l.xml": (b"<article><title>DocBook</title></article>", "<article> lacks what all of PubMed, or of PMC, have"),
+    "m.xml": (b"<PubmedArticleSet><PubmedArticle/></PubmedArticleSet>", "<PubmedArticle> lacks what all of PubMed"),
     "a.txt": (b"1. Cell. 2000. The abstract format.", "is neither MEDLINE text nor whole XML"),
     "b.txt": (MEDLINE.replace("Les", "L\u00e9s").encode("latin-1"), "is not in UTF-8 (invalid continuation byte)"),
     "c.txt": (MEDLINE.encode() + b"\nid: 3 Error occurred\n", "record 3 has no PMID but id:"),
+    "d.txt": (MEDLINE.encode() + b"\n      more\n", "a line after record 2 continues no field"),
 }
 
 
@@ -359,11 +362,13 @@ def test_missing_and_mixed_files_are_refused(folder, tmp_path):
         convert_pubmed([article, "gone.xml"], tmp_path / "out.jsonl")
     with pytest.raises(ValueError, match=r"mds526\.nxml holds other things than .*pubmed1\.xml"):
         convert_pubmed([article, figures], tmp_path / "out.jsonl")
+    with pytest.raises(ValueError, match=r"the output .*out\.xml must end in \.jsonl"):
+        convert_pubmed([article], tmp_path / "out.xml")
     assert not list(tmp_path.iterdir())
 
 
 def test_utf_16_and_compressed_medline_are_read(tmp_path):
-    (tmp_path / "a.xml").write_text(RECORDS.replace("1.0", "1.0", 1), encoding="utf-16")
+    (tmp_path / "a.xml").write_text(RECORDS, encoding="utf-16")
     (tmp_path / "a.xml.gz").write_bytes(WHOLE)
     (tmp_path / "a.nbib.gz").write_bytes(gzip.compress(MEDLINE.encode()))
     assert list(read_pubmed(tmp_path / "a.xml")) == list(read_pubmed(tmp_path / "a.xml.gz"))

@@ -38,8 +38,6 @@ def run(args: argparse.Namespace) -> None:
         args.error("give either files or --query")
     if args.query is not None and args.email is None:
         args.error("--query needs --email: NCBI asks for yours")
-    if args.output.suffix != ".jsonl":
-        args.error(f"--output {args.output} must end in .jsonl")
     from visbio_diffusers.data import entrez
     from visbio_diffusers.data.pubmed import convert_pubmed
 

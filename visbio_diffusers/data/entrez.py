@@ -23,7 +23,7 @@ import requests
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from visbio_diffusers.data.pubmed import read_xml, to_line
+from visbio_diffusers.data.pubmed import json_lines, read_xml, to_line
 from visbio_diffusers.files import whole_file
 
 
@@ -67,12 +67,12 @@ def fetch_pubmed(
 
     Raises:
         ValueError: if the query is empty or finds nothing, the e-mail address is none, `max_results` is below 1, or
-            `output` is of another query.
+            `output` is of another query or does not end in .jsonl.
         OSError: if NCBI refuses or cannot be reached, or the output cannot be written.
 
     Source: https://www.ncbi.nlm.nih.gov/books/NBK25499/ and NBK25497.
     """
-    query, output = query.strip(), Path(output)
+    query, output = query.strip(), json_lines(output)
     if not query:
         raise ValueError("the query is empty: say what to look for, as on PubMed's page")
     if not re.fullmatch(r"[^@\s]+@[^@\s]+\.[^@\s]+", email):

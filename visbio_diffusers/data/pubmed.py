@@ -78,7 +78,7 @@ def read_xml(file: BinaryIO) -> Iterator[dict[str, Any]]:
 
     Raises:
         ElementTree.ParseError: if it is no whole XML.
-        ValueError: if it is XML of another kind.
+        ValueError: if it is XML of another kind, or a record lacks a part.
     """
     events = ElementTree.iterparse(file, ("start", "end"))
     try:
@@ -92,7 +92,10 @@ def read_xml(file: BinaryIO) -> Iterator[dict[str, Any]]:
         )
     for event, element in events:
         if event == "end" and element.tag in _READERS:
-            yield from _READERS[element.tag](element)
+            try:
+                yield from _READERS[element.tag](element)
+            except AttributeError as error:  # of None, in the place of an element
+                raise ValueError(f"an <{element.tag}> lacks what all of PubMed, or of PMC, have") from error
             root.clear()
 
 
@@ -104,9 +107,11 @@ def convert_pubmed(paths: Sequence[str | Path], output: str | Path) -> int:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if a file is damaged or of another kind, articles and figures are mixed, or there are neither.
+        ValueError: if a file is damaged or of another kind, articles and figures are mixed, there are neither, or
+            `output` does not end in .jsonl.
         OSError: if `output` cannot be written.
     """
+    output = json_lines(output)
     for path in paths:
         if not Path(path).is_file():
             raise FileNotFoundError(f"no file {path}: check the path")
@@ -153,6 +158,17 @@ def load_pubmed(path: str | Path, cache_dir: str | Path | None = None) -> datase
     return datasets.Dataset.from_json(str(path), features=features, cache_dir=cache_dir and str(cache_dir))
 
 
+def json_lines(output: str | Path) -> Path:
+    """Return the path of an output, which must end in .jsonl, as those that read it expect.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if Path(output).suffix != ".jsonl":
+        raise ValueError(f"the output {output} must end in .jsonl")
+    return Path(output)
+
+
 def to_line(row: dict[str, Any]) -> str:
     """Return a row as a line of JSON, with its end."""
     return json.dumps(row, ensure_ascii=False) + "\n"
@@ -168,21 +184,25 @@ def _read_medline(file: BinaryIO) -> Iterator[dict[str, Any]]:
         from Bio import Medline
     except ImportError as error:
         raise ValueError('MEDLINE text needs Biopython: pip install "visbio_diffusers[pubmed]"') from error
-    for number, record in enumerate(Medline.parse(io.TextIOWrapper(file, encoding="utf-8-sig")), 1):
-        if "PMID" not in record:
-            raise ValueError(f"record {number} has no PMID but {' '.join(record)}: save it from PubMed again")
-        title = _plain(record.get("TI", ""))
-        if title in _NOT_AVAILABLE:
-            title = _plain(record.get("TT") or " ".join(record.get("BTI", ())))
-        yield {
-            "pmid": record["PMID"],
-            "title": title,
-            "abstract": _plain(record.get("AB", "")),
-            "mesh": [term.lstrip("*").split("/")[0] for term in record.get("MH", ())],
-            "year": _year(record.get("DP", "")),
-            "licence": _plain(" ".join(record.get("CI", ()))) or None,
-            "retracted": "Retracted Publication" in record.get("PT", ()),
-        }
+    number = 0
+    try:
+        for number, record in enumerate(Medline.parse(io.TextIOWrapper(file, encoding="utf-8-sig")), 1):
+            if "PMID" not in record:
+                raise ValueError(f"record {number} has no PMID but {' '.join(record)}: save it from PubMed again")
+            title = _plain(record.get("TI", ""))
+            if title in _NOT_AVAILABLE:
+                title = _plain(record.get("TT") or " ".join(record.get("BTI", ())))
+            yield {
+                "pmid": record["PMID"],
+                "title": title,
+                "abstract": _plain(record.get("AB", "")),
+                "mesh": [term.lstrip("*").split("/")[0] for term in record.get("MH", ())],
+                "year": _year(record.get("DP", "")),
+                "licence": _plain(" ".join(record.get("CI", ()))) or None,
+                "retracted": "Retracted Publication" in record.get("PT", ()),
+            }
+    except KeyError as error:
+        raise ValueError(f"a line after record {number} continues no field: save it from PubMed again") from error
 
 
 def _read_article(element: ElementTree.Element) -> Iterator[dict[str, Any]]:
