@@ -40,12 +40,18 @@ LAYERS = [
     {"reward_tuning"},
     {"rounds"},
     {"cards"},
-    {"hub"},
+    {"hub", "pubmed_command"},
     {"cli"},
     {"train_scripts"},
 ]
 LAYER = {part: number for number, layer in enumerate(LAYERS) for part in layer}
-DISTRIBUTION = {"PIL": "pillow", "huggingface_hub": "huggingface-hub", "skimage": "scikit-image", "yaml": "pyyaml"}
+DISTRIBUTION = {
+    "Bio": "biopython",
+    "PIL": "pillow",
+    "huggingface_hub": "huggingface-hub",
+    "skimage": "scikit-image",
+    "yaml": "pyyaml",
+}
 
 
 def relative(path: Path) -> str:
@@ -95,9 +101,9 @@ def test_imports_run_one_way(path):
 @pytest.mark.parametrize("path", [*SOURCES, *SCRIPTS], ids=relative)
 def test_every_imported_library_is_declared(path):
     core = ProjectMetadata(str(ROOT), PluginManager()).core
-    training = core.optional_dependencies["train"]
+    extras = [line for name in ("train", "pubmed") for line in core.optional_dependencies[name]]
     for at_the_top in (True, False):  # within a function an extra may be imported
-        declared = [*core.dependencies, *(training if path in SCRIPTS or not at_the_top else [])]
+        declared = [*core.dependencies, *(extras if path in SCRIPTS or not at_the_top else [])]
         names = {Requirement(line).name.lower() for line in declared} | {PACKAGE.name}
         modules = {module.split(".")[0] for module in imported_modules(path, at_the_top)} - sys.stdlib_module_names
         assert {DISTRIBUTION.get(module, module) for module in modules} <= names

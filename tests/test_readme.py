@@ -1,5 +1,6 @@
 """Commands and Python in README and cards run as they stand there; training commands for two steps."""
 
+import gzip
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from entrez_server import EntrezServer, stored_articles
 from hub_server import HubServer
 from PIL import Image
 
@@ -103,6 +105,10 @@ def workplace(tmp_path_factory, visbio_data):
     Image.fromarray(few["test_images"][0]).save(folder / "cell.png")
     pair = {"prompt": "a monocyte", "image_w": "cell.png", "image_l": "my_images/0001.png"}
     (folder / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 4)
+    for number in (1, 2):
+        article = gzip.compress((visbio_data / "pubmed" / "Entrez" / f"pubmed{number}.xml").read_bytes())
+        (folder / ("pubmed26n0001.xml.gz", "pubmed26n1335.xml.gz")[number - 1]).write_bytes(article)
+    (folder / "article.nxml").symlink_to(visbio_data / "pubmed" / "pmc" / "pone.0046493.nxml")
     (folder / "my_captions.txt").write_text("a monocyte\na basophil\n")
     for name in ("bloodmnist_few", "mine"):
         np.savez(folder / f"{name}.npz", **few)
@@ -112,10 +118,12 @@ def workplace(tmp_path_factory, visbio_data):
 def test_commands_run_as_written(workplace):
     written = commands(README)[0]
     assert len(written) >= 8
-    with HubServer({"hf_token": ("my-name", "write")}) as hub:
+    articles = stored_articles(workplace / "data" / "pubmed" / "Entrez")
+    with HubServer({"hf_token": ("my-name", "write")}) as hub, EntrezServer(articles) as ncbi:
         logged_in = {**hub.environment("hf_token", workplace / "home"), **OURS}
         for command in written:
             words = on("bloodmnist_few.npz", shortened(command))
+            words += ["--base_url", ncbi.url] if "--email" in words else []
             run(words, workplace, logged_in if "push_to_hub" in command else ENVIRONMENT)
         assert hub.repos["my-name/my-model"].private and "unet/config.json" in hub.files("my-name/my-model")
     assert Image.open(workplace / "out.png").width > 28

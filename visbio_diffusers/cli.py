@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from visbio_diffusers import __version__
+from visbio_diffusers import __version__, pubmed_command
 from visbio_diffusers.files import one_line
 
 
@@ -114,7 +114,7 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_search_arguments(search)
     search.set_defaults(run=_search, error=search.error)
 
-    data = commands.add_parser("data", help="look at image sets")
+    data = commands.add_parser("data", help="look at image sets; get texts of PubMed")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="the MedMNIST sets: sizes, classes, licences")
     listing.set_defaults(run=_list_data)
@@ -130,6 +130,13 @@ def _build_parser() -> argparse.ArgumentParser:
     shards = actions.add_parser("shards", help="pack a set of any kind into WebDataset shards")
     _add_shards_arguments(shards)
     shards.set_defaults(run=_pack_shards, error=shards.error)
+    pubmed = actions.add_parser(
+        "pubmed",
+        help="abstracts of PubMed, of a query or of files, and figure captions of PMC",
+        description=pubmed_command.HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    pubmed_command.add_arguments(pubmed)
     return parser
 
 
