@@ -12,19 +12,25 @@ from visbio_diffusers.wording import fit_articles, fold, realise
 
 shipped_bank = functools.cache(load_bank)
 
-MEDMNIST_2D = (
+MEDMNIST = (
+    ("adrenalmnist3d", 2),
     ("bloodmnist", 8),
     ("breastmnist", 2),
     ("chestmnist", 14),
     ("dermamnist", 7),
+    ("fracturemnist3d", 3),
+    ("nodulemnist3d", 2),
     ("octmnist", 4),
     ("organamnist", 11),
     ("organcmnist", 11),
+    ("organmnist3d", 11),
     ("organsmnist", 11),
     ("pathmnist", 9),
     ("pneumoniamnist", 2),
     ("retinamnist", 5),
+    ("synapsemnist3d", 2),
     ("tissuemnist", 8),
+    ("vesselmnist3d", 2),
 )
 RICH = ("bloodmnist", "pathmnist", "pneumoniamnist")
 BLOOD = (
@@ -75,10 +81,10 @@ def wordings(texts):
 
 
 def test_the_banks_are_the_medmnist_sets():
-    assert tuple((name, len(shipped_bank(name).class_names)) for name in available_banks()) == MEDMNIST_2D
+    assert tuple((name, len(shipped_bank(name).class_names)) for name in available_banks()) == MEDMNIST
 
 
-@pytest.mark.parametrize("name", [name for name, _ in MEDMNIST_2D])
+@pytest.mark.parametrize("name", [name for name, _ in MEDMNIST])
 def test_every_class_has_what_it_needs(name):
     bank = shipped_bank(name)
     assert bank.license.startswith("CC BY") and bank.source
@@ -88,6 +94,14 @@ def test_every_class_has_what_it_needs(name):
         assert len(set(words.synonyms)) >= 3, words.name
         assert len(set(words.descriptions)) >= 3, words.name
         assert len(set(words.heldout_descriptions)) >= 5, words.name
+
+
+@pytest.mark.parametrize("name", [name for name, _ in MEDMNIST if name.endswith("3d")])
+def test_captions_of_slices_name_no_plane(name):
+    bank = shipped_bank(name)
+    for label in range(len(bank.classes)):
+        captions = [*bank.pool(label, 100, 0), *bank.heldout_captions(label), bank.plain_caption(label)]
+        assert not re.search(r"\b(axial|coronal|sagittal|transverse|frontal)\b", " ".join(captions))
 
 
 def test_blood_bank_is_rich(blood):
@@ -215,7 +229,11 @@ def test_own_bank(bank_file):
         ("synonyms: [an eel]", "synonyms: []", " line 7: 'eel' needs a non-empty list of `synonyms`"),
         ("    synonyms: [an eel]\n", "", " line 6: 'eel' needs a non-empty list of `synonyms`"),
         ("synonyms: [an eel]", "synonyms: [1]", " line 7: `synonyms` of 'eel' must be a list of texts, not '1'"),
-        ("synonyms: [an eel]", "synonyms:\n    - an eel\n    -", " line 9: `synonyms` of 'eel' must be a list of texts"),
+        (
+            "synonyms: [an eel]",
+            "synonyms:\n    - an eel\n    -",
+            " line 9: `synonyms` of 'eel' must be a list of texts",
+        ),
         ("synonyms: [an eel]", "synonyms: 1", " line 7: `synonyms` of 'eel' must be a list of texts"),
         ("synonyms: [an eel]", "synonyms: [an <eel>]", " line 7: <eel> in `synonyms` of 'eel'"),
         ("synonyms: [an eel]", "synonym: [an eel]", " line 7: 'eel' knows no key `synonym`: did you mean `synonyms`?"),
@@ -255,7 +273,9 @@ def test_bank_in_another_encoding(tmp_path, encoding, message):
 
 
 def test_bank_with_references_byte_order_mark_and_keys_that_yaml_takes_for_other_values(tmp_path):
-    text = OWN_BANK.replace("  eel:", "  no: &eel").replace("templates:", "  1:\n    <<: *eel\n    prompt: one\ntemplates:")
+    text = OWN_BANK.replace("  eel:", "  no: &eel").replace(
+        "templates:", "  1:\n    <<: *eel\n    prompt: one\ntemplates:"
+    )
     (tmp_path / "mine.yaml").write_text(text, encoding="utf-8-sig")
     bank = load_bank(tmp_path / "mine.yaml")
     assert bank.class_names == ("cat", "no", "1")

@@ -41,7 +41,7 @@ LAYERS = [
     {"reward_tuning"},
     {"rounds"},
     {"cards"},
-    {"hub"},
+    {"data_commands", "hub"},
     {"cli"},
     {"train_scripts"},
 ]

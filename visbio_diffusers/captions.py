@@ -203,7 +203,9 @@ def _build_bank(path: Path, bank: Entry) -> CaptionBank:
         templates=templates,
         heldout_templates=heldout_templates,
         plain=plain,
-        no_finding=_build_words(bank, "no_finding", bank.entry("no_finding"), macros) if bank.get("multi_label") else None,
+        no_finding=_build_words(bank, "no_finding", bank.entry("no_finding"), macros)
+        if bank.get("multi_label")
+        else None,
         license=str(bank.get("license", "")),
         source=str(bank.get("source", "")),
     )

@@ -118,15 +118,27 @@ def _build_parser() -> argparse.ArgumentParser:
     listing = actions.add_parser("list", help="the MedMNIST sets: sizes, classes, licences")
     listing.set_defaults(run=_list_data)
     preview = actions.add_parser("preview", help="figures of a set, and a sheet of its images with captions")
-    preview.add_argument("dataset", help="a MedMNIST flag (downloaded on first use), an npz, a folder, a Hub set")
-    preview.add_argument("--split", default="train", help="default: %(default)s")
-    preview.add_argument("--resolution", type=_positive, help="side in pixels; default: as they are")
-    preview.add_argument("--num-images", type=_positive, default=32, help="images on the sheet; default: %(default)s")
-    preview.add_argument("--seed", type=_seed, default=0, help="of the choice and the captions; default: %(default)s")
-    preview.add_argument("--caption-bank", help="describes the classes of a set that is not MedMNIST's")
-    preview.add_argument("--output", type=Path, default=Path("preview.png"), help="the sheet; default: %(default)s")
+    _add_preview_arguments(preview)
     preview.set_defaults(run=_preview_data)
     return parser
+
+
+def _add_preview_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("dataset", help="a MedMNIST flag (downloaded on first use), an npz, a folder, a parquet file, a Hub set")
+    add("--split", default="train", help="default: %(default)s; the others are searched for duplicates too")
+    add("--resolution", type=_positive, help="side in pixels; default: as they are")
+    add("--num-images", type=_positive, default=32, help="images on the sheet; default: %(default)s")
+    add("--seed", type=_seed, default=0, help="of the choice and the captions; default: %(default)s")
+    add("--image-column", default="image", help="default: %(default)s")
+    add("--caption-column", default="text", help="default: %(default)s")
+    add("--label-column", default="label", help="default: %(default)s")
+    add("--caption-bank", help="describes the classes of a set that is not MedMNIST's")
+    add("--slice-axis", type=int, choices=(0, 1, 2), help="across which volumes are cut; default: each of the three")
+    add("--slices", type=_positive, default=1, help="of a volume, for each axis; default: %(default)s")
+    add("--text-encoder", default="visbio-blood-28", help="counts the tokens of captions; default: %(default)s")
+    add("--output", type=Path, default=Path("preview.png"), help="the sheet; default: %(default)s")
+    add("--json", type=Path, help="a file for all figures")
 
 
 def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -289,21 +301,13 @@ def _list_data(args: argparse.Namespace) -> None:
 
 
 def _preview_data(args: argparse.Namespace) -> None:
-    from visbio_diffusers.data import load_image_dataset, preview
+    from visbio_diffusers.data_commands import preview_lines
 
-    dataset = load_image_dataset(args.dataset, args.split, resolution=args.resolution, caption_bank=args.caption_bank)
-    figures = preview(dataset, args.output, args.num_images, args.seed)
-    sizes = " to ".join(dict.fromkeys(f"{figures[name][0]} x {figures[name][1]}" for name in ("smallest", "largest")))
-    licence = figures["licence"] or "licence unknown"
-    _say(f"{figures['name']}, {figures['split']}: {figures['num_images']} images of {sizes} pixels, {licence}")
-    intensity = ", ".join(f"{name} {value}" for name, value in figures["intensity"].items())
-    _say(f"channels: {figures['channels']}; intensity: {intensity}")
-    for title in ("class", "subtype"):
-        counts = figures[f"{title}_counts"] or {}
-        width = max(map(len, counts), default=0)
-        for name, count in counts.items():
-            _say(f"{title} {name.ljust(width)}  {count:7d}")
-    _say(str(args.output))
+    names = "image_column", "caption_column", "label_column", "caption_bank", "slice_axis", "slices", "resolution"
+    options = {name: getattr(args, name) for name in names}
+    sheet = args.output, args.num_images, args.seed
+    for line in preview_lines(args.dataset, args.split, *sheet, args.text_encoder, args.json, **options):
+        _say(line)
 
 
 def _positive(text: str) -> int:

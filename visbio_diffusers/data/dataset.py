@@ -16,6 +16,10 @@ logger = logging.getLogger(__name__)
 KEEP_BYTES = 2**28  # decoded images of a set are kept if all of them fit
 
 
+class MissingSplitError(ValueError):
+    """A set has no split of the name asked for, or nothing in it."""
+
+
 def fit_image(image: np.ndarray | Image.Image, resolution: int | None = None, channels: int = 3) -> np.ndarray:
     """Return an image as uint8 RGB or grey array of the wanted size.
 
