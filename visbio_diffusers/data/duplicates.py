@@ -42,7 +42,7 @@ def perceptual_hash(images: np.ndarray) -> np.ndarray:
     Source: Zauner 2010, Implementation and Benchmarking of Perceptual Image Hash Functions, section 3.2.1, with
     frequencies 1 to 8 as in its library pHash; images are reduced to 32 x 32 by a triangle filter.
     """
-    grey = images[..., 0].astype(np.float32) if images.shape[3] == 1 else images.astype(np.float32) @ LUMA
+    grey = _grey(images)
     rows, columns = (_lowest_frequencies(side) for side in grey.shape[1:])
     found = (rows @ grey @ columns.T).reshape(len(grey), 64)
     return np.packbits(found > np.median(found, axis=1, keepdims=True), axis=1).view(">u8")[:, 0].astype(np.uint64)
@@ -53,10 +53,15 @@ def thumbnail(image: np.ndarray) -> np.ndarray:
 
     The product of two is their correlation.
     """
-    grey = image.astype(np.float32).mean(axis=2) if image.shape[2] == 1 else image.astype(np.float32) @ LUMA
+    grey = _grey(image)
     small = (_reduction(grey.shape[0]) @ grey @ _reduction(grey.shape[1]).T).ravel()
     small -= small.mean()
     return (small / np.linalg.norm(small)).astype(np.float32)
+
+
+def _grey(images: np.ndarray) -> np.ndarray:
+    """Return the grey levels of uint8 images, the last axis of which are 1 or 3 channels, as float32."""
+    return images[..., 0].astype(np.float32) if images.shape[-1] == 1 else images.astype(np.float32) @ LUMA
 
 
 def _reduction(side: int) -> np.ndarray:
@@ -96,7 +101,7 @@ class Fingerprints:
     def add(self, images: np.ndarray) -> None:
         """Take in the next images, uint8 `(n, height, width, channels)`."""
         self.hashes.append(perceptual_hash(images))
-        self.flat.append(images.reshape(len(images), -1).std(axis=1, dtype=np.float32) < FLAT)
+        self.flat.append(_grey(images).std(axis=(1, 2)) < FLAT)
         self.digests.append(np.array([pixel_digest(image) for image in images], np.uint64))
 
     def exact_groups(self) -> list[np.ndarray]:
