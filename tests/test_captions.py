@@ -12,19 +12,25 @@ from visbio_diffusers.wording import fit_articles, fold, realise
 
 shipped_bank = functools.cache(load_bank)
 
-MEDMNIST_2D = (
+MEDMNIST = (
+    ("adrenalmnist3d", 2),
     ("bloodmnist", 8),
     ("breastmnist", 2),
     ("chestmnist", 14),
     ("dermamnist", 7),
+    ("fracturemnist3d", 3),
+    ("nodulemnist3d", 2),
     ("octmnist", 4),
     ("organamnist", 11),
     ("organcmnist", 11),
+    ("organmnist3d", 11),
     ("organsmnist", 11),
     ("pathmnist", 9),
     ("pneumoniamnist", 2),
     ("retinamnist", 5),
+    ("synapsemnist3d", 2),
     ("tissuemnist", 8),
+    ("vesselmnist3d", 2),
 )
 RICH = ("bloodmnist", "pathmnist", "pneumoniamnist")
 BLOOD = (
@@ -75,10 +81,10 @@ def wordings(texts):
 
 
 def test_the_banks_are_the_medmnist_sets():
-    assert tuple((name, len(shipped_bank(name).class_names)) for name in available_banks()) == MEDMNIST_2D
+    assert tuple((name, len(shipped_bank(name).class_names)) for name in available_banks()) == MEDMNIST
 
 
-@pytest.mark.parametrize("name", [name for name, _ in MEDMNIST_2D])
+@pytest.mark.parametrize("name", [name for name, _ in MEDMNIST])
 def test_every_class_has_what_it_needs(name):
     bank = shipped_bank(name)
     assert bank.license.startswith("CC BY") and bank.source
@@ -88,6 +94,14 @@ def test_every_class_has_what_it_needs(name):
         assert len(set(words.synonyms)) >= 3, words.name
         assert len(set(words.descriptions)) >= 3, words.name
         assert len(set(words.heldout_descriptions)) >= 5, words.name
+
+
+@pytest.mark.parametrize("name", [name for name, _ in MEDMNIST if name.endswith("3d")])
+def test_captions_of_slices_name_no_plane(name):
+    bank = shipped_bank(name)
+    for label in range(len(bank.classes)):
+        captions = [*bank.pool(label, 100, 0), *bank.heldout_captions(label), bank.plain_caption(label)]
+        assert not re.search(r"\b(axial|coronal|sagittal|transverse|frontal)\b", " ".join(captions))
 
 
 def test_blood_bank_is_rich(blood):
@@ -211,23 +225,61 @@ def test_own_bank(bank_file):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("synonyms: [an eel]", "synonyms: [an eel", "mine.yaml line "),
-        ("synonyms: [an eel]", "synonyms: []", "'eel' needs a non-empty list of `synonyms`"),
-        ("synonyms: [an eel]", "synonyms: [1]", "`synonyms` of 'eel' must be a list of texts"),
-        ("synonyms: [an eel]", "synonyms: [an <eel>]", "<eel> in `synonyms` of 'eel'"),
-        ("templates: ", "template: ", "needs a non-empty list of `templates`"),
-        ("a photo of {}", "a photo", "the template 'a photo' must contain {} once"),
-        ("[a long fish]", "[a long fish]\n    heldout_descriptions: [long fish]", "held-out description 'long fish'"),
-        ("[a long fish]", "[a long fish]\n    key: [a fin]", "`key` of 'eel' must be a mapping"),
-        (OWN_BANK, "just words", "is a mapping with `classes`"),
+        ("synonyms: [an eel]", "synonyms: [an eel", " line 8: not valid YAML"),
+        ("synonyms: [an eel]", "synonyms: []", " line 7: 'eel' needs a non-empty list of `synonyms`"),
+        ("    synonyms: [an eel]\n", "", " line 6: 'eel' needs a non-empty list of `synonyms`"),
+        ("synonyms: [an eel]", "synonyms: [1]", " line 7: `synonyms` of 'eel' must be a list of texts, not '1'"),
+        (
+            "synonyms: [an eel]",
+            "synonyms:\n    - an eel\n    -",
+            " line 9: `synonyms` of 'eel' must be a list of texts",
+        ),
+        ("synonyms: [an eel]", "synonyms: 1", " line 7: `synonyms` of 'eel' must be a list of texts"),
+        ("synonyms: [an eel]", "synonyms: [an <eel>]", " line 7: <eel> in `synonyms` of 'eel'"),
+        ("synonyms: [an eel]", "synonym: [an eel]", " line 7: 'eel' knows no key `synonym`: did you mean `synonyms`?"),
+        ("templates: ", "template: ", " line 9: the bank knows no key `template`: did you mean `templates`?"),
+        ("[a long fish]", "[a long fish]\n    synonyms: [a worm]", " line 9: 'synonyms' stands in line 7 already"),
+        ("  eel:", "  cat:", " line 6: 'cat' stands in line 3 already"),
+        ("  eel:", "  ? [eel]\n  :", " line 6: a key must be a text"),
+        ('["{}", "a photo of {}"]', '\n- "{}"\n- a photo', " line 11: the template 'a photo' must contain {} once"),
+        ('"a photo of {}"]', '"a {}"]\nheldout_templates: ["a {}"]', " line 10: 'a {}' stands in `templates` too"),
+        ("[a long fish]", "[a long fish]\n    heldout_descriptions: [long fish]", " line 9: the held-out description"),
+        ("[a long fish]", "[a long fish]\n    key: [a fin]", " line 9: `key` of 'eel' must be a mapping"),
+        ("  eel:", "  dog: woof\n  eel:", " line 6: 'dog' must be a mapping"),
+        ("templates: ", "macros: {fin: 1}\ntemplates: ", " line 9: `fin` in `macros` of the bank must be a text"),
+        ("templates: ", "multi_label: true\ntemplates: ", "`no_finding` of the bank needs a non-empty list"),
+        ("an eel", "an \0eel", " line 7: holds the control character 0x0"),
+        ("an eel", "!!python/name:eel an eel", " line 7: could not determine a constructor"),
+        (OWN_BANK, "just words", "the bank must be a mapping"),
         (OWN_BANK, "templates: ['{}']", "`classes` must map"),
     ],
 )
-def test_malformed_bank_is_named(bank_file, old, new, message):
+def test_malformed_bank_is_named_with_its_line(bank_file, old, new, message):
     assert old in OWN_BANK
     with pytest.raises(ValueError) as caught:
         load_bank(bank_file(OWN_BANK.replace(old, new)))
     assert message in str(caught.value) and "mine.yaml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "message"),
+    [("latin-1", r"mine\.yaml line 5: byte 0xe4 is not UTF-8.* -f ISO-8859-1"), ("utf-16", r"line 1: .* -f UTF-16")],
+)
+def test_bank_in_another_encoding(tmp_path, encoding, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(OWN_BANK.replace("whiskers", "Schn\u00e4uzer"), encoding=encoding)
+    with pytest.raises(ValueError, match=message):
+        load_bank(path)
+
+
+def test_bank_with_references_byte_order_mark_and_keys_that_yaml_takes_for_other_values(tmp_path):
+    text = OWN_BANK.replace("  eel:", "  no: &eel").replace(
+        "templates:", "  1:\n    <<: *eel\n    prompt: one\ntemplates:"
+    )
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8-sig")
+    bank = load_bank(tmp_path / "mine.yaml")
+    assert bank.class_names == ("cat", "no", "1")
+    assert bank.classes[2].synonyms == ("an eel",) and bank.plain_caption(2) == "an image of one"
 
 
 def test_unknown_names_suggest_the_nearest(blood, tmp_path):

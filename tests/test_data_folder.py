@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visbio_diffusers.data import caption_pools, load_image_dataset, preview
+from visbio_diffusers.data import caption_pools, load_image_dataset
 from visbio_diffusers.data import dataset as dataset_module
 
 
@@ -95,6 +95,24 @@ def test_missing_captions_are_counted_and_the_first_named(load, tmp_path, captio
         with pytest.raises(ValueError, match=rf"2 of 3 captions .*{first}\.png") as error:
             load(tmp_path / name)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+@pytest.mark.parametrize(("encoding", "code"), [("latin-1", "ISO-8859-1"), ("utf-16", "UTF-16")])
+def test_captions_in_another_encoding(load, tmp_path, form, encoding, code):
+    save_images(tmp_path / "set", "0.png", "1.png")
+    text = {
+        "csv": "file_name,text\n0.png,cell\n1.png,F\u00e4rbung\n",
+        "jsonl": '{"file_name": "0.png", "text": "cell"}\n\n{"file_name": "1.png", "text": "F\u00e4rbung"}\n',
+    }[form]
+    path = tmp_path / "set" / f"metadata.{form}"
+    path.write_text(text, encoding=encoding)
+    line = 1 if encoding == "utf-16" else 3
+    with pytest.raises(ValueError, match=rf"metadata\.{form} line {line}: .* not UTF-8: .* -f {code} ") as error:
+        load(tmp_path / "set")
+    assert "\n" not in str(error.value)
+    path.write_text(text, encoding="utf-8-sig" if form == "csv" else "utf-8")  # as spreadsheets write it
+    assert {load(tmp_path / "set")[index]["caption"] for index in (0, 1)} == {"cell", "F\u00e4rbung"}
 
 
 def no_captions(folder: Path) -> dict:
@@ -236,19 +254,3 @@ def test_subtype_that_the_bank_does_not_know_is_refused_before_training(load, tm
     table.cast_column("image", datasets.Image()).to_parquet(tmp_path / "set.parquet")
     with pytest.raises(ValueError, match="giant neutrophil"):
         caption_pools([load(tmp_path / "set.parquet", caption_bank="bloodmnist")], 64, 0)[0]
-
-
-def test_preview_sheet_and_figures(load, tmp_path):
-    save_images(tmp_path / "set" / "a", "0.png", "1.png")
-    save_images(tmp_path / "set" / "b", "2.png", size=(30, 20))
-    figures = preview(load(tmp_path / "set"), tmp_path / "out" / "sheet.png", num_images=2)
-    pixels = np.concatenate([np.asarray(Image.open(path)).reshape(-1) for path in (tmp_path / "set").rglob("*.png")])
-    assert figures["class_counts"] == {"a": 2, "b": 1}
-    assert (figures["smallest"], figures["largest"], figures["channels"]) == ((10, 12), (20, 30), 3)
-    assert figures["intensity"]["mean"] == pytest.approx(pixels.mean(), abs=0.01)
-    assert figures["intensity"]["std"] == pytest.approx(pixels.std(), abs=0.01)
-    with Image.open(tmp_path / "out" / "sheet.png") as sheet:
-        assert sheet.width > sheet.height > 100
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["sheet.png"]
-    with pytest.raises(ValueError, match="num_images=0"):
-        preview(load(tmp_path / "set"), tmp_path / "out" / "sheet.png", num_images=0)

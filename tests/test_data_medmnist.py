@@ -31,9 +31,9 @@ def npz_bytes(**content: np.ndarray) -> bytes:
 
 
 def test_table():
-    assert len(MEDMNIST) == 12
+    assert len(MEDMNIST) == 18
     digests = [digest for info in MEDMNIST.values() for digest in info.md5]
-    assert len(set(digests)) == 48
+    assert len(set(digests)) == 12 * 4 + 6 * 2
     assert all(len(digest) == 32 and int(digest, 16) for digest in digests)
     assert {flag for flag, info in MEDMNIST.items() if info.licence != "CC BY 4.0"} == {"dermamnist"}
 
@@ -104,6 +104,7 @@ def test_bad_npz_is_refused_in_one_line(case, tmp_path, monkeypatch):
         ("bloodmist", "did you mean 'bloodmnist'"),
         ("BloodMNIST", "did you mean 'bloodmnist'"),
         ("pathmnist_32", "no size 32"),
+        ("organmnist3d_128", r"choose organmnist3d \(28 pixels\), organmnist3d_64$"),
         ("zzz", "known sets: pathmnist"),
     ],
 )
@@ -148,6 +149,52 @@ def test_large_arrays_are_unpacked_once_and_mapped(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="pickled"):
         load_image_dataset(str(path), cache_dir=tmp_path / "cache")
     assert len(list((tmp_path / "cache" / "unpacked").iterdir())) == len(unpacked)
+
+
+@pytest.fixture
+def organs(tmp_path) -> Path:
+    """Return the path of an npz of volumes, each voxel of which tells its volume (0 to 2) and place."""
+    volume, depth, row, column = np.ogrid[:3, :4, :4, :4]
+    voxels = (64 * volume + 16 * depth + 4 * row + column).astype(np.uint8)
+    path = tmp_path / "organmnist3d_tiny.npz"
+    path.write_bytes(npz_bytes(train_images=voxels, train_labels=np.array([[10], [0], [3]], np.uint8)))
+    return path
+
+
+def test_volumes_become_their_central_slices(organs):
+    dataset = load_image_dataset(str(organs))
+    assert (len(dataset), dataset.bank, dataset.licence) == (9, "organmnist3d", "CC BY 4.0")
+    assert [dataset.class_names[label] for label in dataset.labels[::3]] == ["pancreas", "liver", "femur-right"]
+    assert dataset.labels.tolist() == [10] * 3 + [0] * 3 + [3] * 3
+    voxels = np.load(organs)["train_images"]
+    wanted = [voxels[1, 1], voxels[1, :, 1], voxels[1, :, :, 1]]
+    assert all(np.array_equal(dataset[3 + axis]["image"][..., 0], wanted[axis]) for axis in range(3))
+    two = load_image_dataset(str(organs), slice_axis=2, slices=2)
+    assert len(two) == 6 and np.array_equal(two[5]["image"][..., 0], voxels[2, :, :, 2])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"slices": 5}, "have 1 to 4"), ({"slices": 0}, "have 1 to 4"), ({"slice_axis": 3}, "axes 0, 1 and 2")],
+)
+def test_slices_that_a_volume_does_not_have(organs, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_image_dataset(str(organs), **options)
+
+
+def test_volumes_that_are_no_cubes_are_cut_across_one_axis(tmp_path):
+    path = tmp_path / "organmnist3d_flat.npz"
+    labels = np.zeros((2, 1), np.uint8)
+    path.write_bytes(npz_bytes(train_images=np.zeros((2, 5, 6, 7), np.uint8), train_labels=labels))
+    with pytest.raises(ValueError, match="no cubes: choose one slice_axis"):
+        load_image_dataset(str(path))
+    assert load_image_dataset(str(path), slice_axis=1)[0]["image"].shape == (5, 7, 3)
+
+
+def test_images_drawn_for_a_set_of_volumes_load_as_they_are(tmp_path):
+    path = tmp_path / "organmnist3d_drawn.npz"
+    path.write_bytes(npz_bytes(**arrays(channels=3)))
+    assert load_image_dataset(str(path)).images.shape == (6, 28, 28, 3)
 
 
 def test_real_blood_and_its_subtypes(visbio_data):

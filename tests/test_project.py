@@ -28,7 +28,8 @@ SCRIPTS = sorted((ROOT / "train_scripts").glob("*.py"))
 # A file imports from the layers above its own line here, and from its own subpackage, never sideways or down.
 LAYERS = [
     {"files"},
-    {"augmentation", "checkpoints", "config", "grid", "losses", "objectives", "policy", "registration", "wording"},
+    {"augmentation", "checkpoints", "config", "grid", "losses", "marked_yaml", "objectives", "policy", "registration"},
+    {"wording"},
     {"captions"},
     {"data", "models", "text", "training"},
     {"image_sets", "pipelines", "preferences"},
@@ -40,7 +41,7 @@ LAYERS = [
     {"reward_tuning"},
     {"rounds"},
     {"cards"},
-    {"hub", "pubmed_command"},
+    {"commands", "hub"},
     {"cli"},
     {"train_scripts"},
 ]

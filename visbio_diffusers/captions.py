@@ -22,16 +22,23 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import yaml
 
+from visbio_diffusers.marked_yaml import Entry, read_entry
 from visbio_diffusers.wording import ClassWords, american, fit_articles, fold, join, pick, realise
 
 
 BANK_FOLDER = Path(__file__).parent / "caption_banks"
 
-_MACRO = re.compile(r"<(\w+)>")
 _RESOLUTION = re.compile(r"_(28|64|128|224)$")
 _LOOSE_TEMPLATE = re.compile(r"(^|[:;,.] )\{\}([:;,.]|$)")
+_BANK_KEYS = (
+    *("name", "license", "source", "plain", "multi_label", "countable", "nouns", "macros"),
+    *("templates", "heldout_templates", "classes", "no_finding"),
+)
+_WORD_KEYS = (
+    *("prompt", "synonyms", "descriptions", "countable", "nouns", "sizes", "key", "minor", "clauses"),
+    *("heldout_descriptions", "subtypes"),
+)
 _STALE_DRAWS = 400  # a pool is exhausted after so many draws in a row that brought nothing new
 
 
@@ -156,7 +163,7 @@ def load_bank(name_or_path: str | Path) -> CaptionBank:
     """Load a caption bank by the name of a MedMNIST set (`bloodmnist`, `bloodmnist_64`) or from a YAML file.
 
     Raises:
-        ValueError: for an unknown name (with the nearest one) or a malformed file (with its line).
+        ValueError: for an unknown name (with the nearest one) or a malformed file (with the line).
         FileNotFoundError: for a path to a YAML file that does not exist.
     """
     path = Path(name_or_path)
@@ -166,8 +173,7 @@ def load_bank(name_or_path: str | Path) -> CaptionBank:
         if name not in available_banks():
             nearest = difflib.get_close_matches(name, available_banks(), n=1, cutoff=0.0)[0]
             raise ValueError(f"no caption bank '{name}': did you mean '{nearest}'? A bank of your own is a .yaml file")
-    content = _read_yaml(path)
-    return _build_bank(path, content)
+    return _build_bank(path, read_entry(path, "the bank"))
 
 
 def available_banks() -> tuple[str, ...]:
@@ -175,61 +181,53 @@ def available_banks() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in BANK_FOLDER.glob("*.yaml")))
 
 
-def _read_yaml(path: Path) -> dict:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.MarkedYAMLError as error:
-        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ValueError(f"{path}{line}: not valid YAML: {error.problem}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: a caption bank must be a YAML file in UTF-8") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: a caption bank is a mapping with `classes` and `templates`")
-    return content
-
-
-def _build_bank(path: Path, content: dict) -> CaptionBank:
-    classes = _mapping(path, "the bank", content, "classes")
+def _build_bank(path: Path, bank: Entry) -> CaptionBank:
+    bank.refuse_unknown(_BANK_KEYS)
+    macros = bank.entry("macros").all_texts()
+    templates = bank.texts("templates", required=True)
+    heldout_templates = bank.texts("heldout_templates")
+    plain = str(bank.get("plain", "an image of {}"))
+    for key, texts in (("templates", templates), ("heldout_templates", heldout_templates), ("plain", (plain,))):
+        for index, template in enumerate(texts):
+            if template.count("{}") != 1:
+                raise bank.error(f"the template '{template}' must contain {{}} once", key, index)
+    for index, template in enumerate(heldout_templates):
+        if template in templates:
+            raise bank.error(f"'{template}' stands in `templates` too", "heldout_templates", index)
+    classes = bank.entries("classes")
     if not classes:
-        raise ValueError(f"{path}: `classes` must map each class name to its `synonyms` and `descriptions`")
-    templates = _texts(path, "the bank", content, "templates", {}, required=True)
-    heldout_templates = _texts(path, "the bank", content, "heldout_templates", {})
-    plain = str(content.get("plain", "an image of {}"))
-    for template in (*templates, *heldout_templates, plain):
-        if template.count("{}") != 1:
-            raise ValueError(f"{path}: the template '{template}' must contain {{}} once")
-    for template in set(templates) & set(heldout_templates):
-        raise ValueError(f"{path}: '{template}' stands in both `templates` and `heldout_templates`")
-    multi_label = bool(content.get("multi_label", False))
+        raise bank.error("`classes` must map each class name to its `synonyms` and `descriptions`", "classes")
     return CaptionBank(
-        name=str(content.get("name", path.stem)),
-        classes=tuple(_build_words(path, content, str(name), entry) for name, entry in classes.items()),
+        name=str(bank.get("name", path.stem)),
+        classes=tuple(_build_words(bank, name, entry, macros) for name, entry in classes.items()),
         templates=templates,
         heldout_templates=heldout_templates,
         plain=plain,
-        no_finding=_build_words(path, content, "no_finding", content.get("no_finding")) if multi_label else None,
-        license=str(content.get("license", "")),
-        source=str(content.get("source", "")),
+        no_finding=_build_words(bank, "no_finding", bank.entry("no_finding"), macros)
+        if bank.get("multi_label")
+        else None,
+        license=str(bank.get("license", "")),
+        source=str(bank.get("source", "")),
     )
 
 
-def _build_words(path: Path, bank: dict, name: str, entry: dict, parent: ClassWords | None = None) -> ClassWords:
+def _build_words(
+    bank: Entry, name: str, entry: Entry, macros: dict[str, str], parent: ClassWords | None = None
+) -> ClassWords:
     """Build the words of a class, or of a subtype of `parent`, which lends it what it leaves unsaid."""
-    if not isinstance(entry, dict):
-        raise ValueError(f"{path}: '{name}' must be a mapping with `synonyms` and `descriptions`")
-    macros = _mapping(path, "the bank", bank, "macros")
+    entry.refuse_unknown(_WORD_KEYS)
 
     def texts(key: str, required: bool = False) -> tuple[str, ...]:
-        return _texts(path, f"'{name}'", entry, key, macros, required)
+        return entry.texts(key, macros, required)
 
     def groups(key: str) -> dict[str, tuple[str, ...]]:
-        values = _mapping(path, f"'{name}'", entry, key)
-        return {group: _texts(path, f"`{key}` of '{name}'", values, group, macros, required=True) for group in values}
+        group = entry.entry(key)
+        return {name: group.texts(name, macros, required=True) for name in group.content}
 
     key, attributes = groups("key"), groups("minor")
     for group, values in key.items():
         attributes[group] = values + attributes.get(group, ())
-    general_nouns = parent.synonyms + parent.nouns if parent else _texts(path, "the bank", bank, "nouns", macros)
+    general_nouns = parent.synonyms + parent.nouns if parent else bank.texts("nouns", macros)
     words = ClassWords(
         name=name,
         prompt=str(entry.get("prompt", name)),
@@ -243,32 +241,13 @@ def _build_words(path: Path, bank: dict, name: str, entry: dict, parent: ClassWo
         attributes={**parent.attributes, **attributes} if parent else attributes,
         heldout_descriptions=texts("heldout_descriptions"),
     )
-    for heldout in words.folded_heldout:
+    for index, heldout in enumerate(words.folded_heldout):
         if any(heldout in fold(text) for text in words.synonyms + words.descriptions):
-            raise ValueError(f"{path}: the held-out description '{heldout}' is among the training words of '{name}'")
-    for subtype, subentry in _mapping(path, f"'{name}'", entry, "subtypes").items():
-        words.subtypes[subtype] = _build_words(path, bank, subtype, subentry, parent=words)
+            message = f"the held-out description '{heldout}' is among the training words of '{name}'"
+            raise entry.error(message, "heldout_descriptions", index)
+    for subtype, subentry in entry.entries("subtypes").items():
+        words.subtypes[subtype] = _build_words(bank, subtype, subentry, macros, parent=words)
     return words
-
-
-def _mapping(path: Path, owner: str, entry: dict, key: str) -> dict:
-    value = entry.get(key, {})
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: `{key}` of {owner} must be a mapping")
-    return value
-
-
-def _texts(path: Path, owner: str, entry: dict, key: str, macros: dict, required: bool = False) -> tuple[str, ...]:
-    """Return the list of texts under `key`, its macros replaced."""
-    values = entry.get(key, [])
-    if not isinstance(values, list) or not all(isinstance(text, str) and text.strip() for text in values):
-        raise ValueError(f"{path}: `{key}` of {owner} must be a list of texts")
-    if required and not values:
-        raise ValueError(f"{path}: {owner} needs a non-empty list of `{key}`")
-    unknown = {name for text in values for name in _MACRO.findall(text)} - set(macros)
-    if unknown:
-        raise ValueError(f"{path}: <{unknown.pop()}> in `{key}` of {owner} is not among the `macros`")
-    return tuple(_MACRO.sub(lambda match: macros[match.group(1)], text) for text in values)
 
 
 def _enumerate(parts: Sequence[str]) -> str:

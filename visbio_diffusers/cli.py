@@ -6,14 +6,15 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Mistakes are answe
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from visbio_diffusers import __version__, pubmed_command
+from visbio_diffusers import __version__
+from visbio_diffusers.commands import data as data_commands
+from visbio_diffusers.commands.arguments import positive, say, seed_number
 from visbio_diffusers.files import one_line
 
 
@@ -116,61 +117,26 @@ def _build_parser() -> argparse.ArgumentParser:
 
     data = commands.add_parser("data", help="look at image sets; get texts of PubMed")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
-    listing = actions.add_parser("list", help="the MedMNIST sets: sizes, classes, licences")
-    listing.set_defaults(run=_list_data)
-    preview = actions.add_parser("preview", help="figures of a set, and a sheet of its images with captions")
-    preview.add_argument("dataset", help="a MedMNIST flag (downloaded on first use), an npz, a folder, a Hub set")
-    preview.add_argument("--split", default="train", help="default: %(default)s")
-    preview.add_argument("--resolution", type=_positive, help="side in pixels; default: as they are")
-    preview.add_argument("--num-images", type=_positive, default=32, help="images on the sheet; default: %(default)s")
-    preview.add_argument("--seed", type=_seed, default=0, help="of the choice and the captions; default: %(default)s")
-    preview.add_argument("--caption-bank", help="describes the classes of a set that is not MedMNIST's")
-    preview.add_argument("--output", type=Path, default=Path("preview.png"), help="the sheet; default: %(default)s")
-    preview.set_defaults(run=_preview_data)
-    shards = actions.add_parser("shards", help="pack a set of any kind into WebDataset shards")
-    _add_shards_arguments(shards)
-    shards.set_defaults(run=_pack_shards, error=shards.error)
-    pubmed = actions.add_parser(
-        "pubmed",
-        help="abstracts of PubMed, of a query or of files, and figure captions of PMC",
-        description=pubmed_command.HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    pubmed_command.add_arguments(pubmed)
+    data_commands.add_actions(actions)
     return parser
-
-
-def _add_shards_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("dataset", help="a MedMNIST flag, an npz, a folder, a Hub set, shards")
-    add("--output", type=Path, required=True, help="folder, with one in it for each split")
-    add("--split", action="append", help="default: train; may be given several times")
-    add("--resolution", type=_positive, help="side in pixels; default: as they are")
-    add("--tile-size", type=_positive, default=64, help="of photographs in Cellpose's layout; default: %(default)s")
-    add("--caption-bank", help="describes the classes of a set that is not MedMNIST's")
-    add("--caption-column", default="text", help="default: %(default)s")
-    add("--format", choices=("png", "jpg", "original"), default="png", help="default: %(default)s")
-    add("--quality", type=_positive, default=95, help="of JPEG; default: %(default)s")
-    add("--samples-per-shard", type=_positive, default=4096, help="default: %(default)s")
-    add("--num-workers", type=_positive, default=os.cpu_count(), help="shards written at a time; default: all cores")
 
 
 def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("prompts", nargs="*", metavar="PROMPT", help="a description of the image")
-    add("--num-images", type=_positive, help="images of each prompt; default: 8")
+    add("--num-images", type=positive, help="images of each prompt; default: 8")
     add("--dataset", help="draw the classes of this set instead: a MedMNIST flag, or a YAML caption bank")
-    add("--per-class", type=_positive, help="images of each class of --dataset")
+    add("--per-class", type=positive, help="images of each class of --dataset")
     add("--format", choices=("imagefolder", "npz", "grid"), default="imagefolder", help="default: %(default)s")
     add("--prompts", choices=("plain", "captions"), default="plain", dest="wording", help="of a set; default: plain")
     add("--output", type=Path, help="PNG, npz or, for an imagefolder, a folder; default for prompts: out.png")
-    add("--steps", type=_positive, help="denoising steps; default: the pipeline's")
+    add("--steps", type=positive, help="denoising steps; default: the pipeline's")
     add("--guidance-scale", type=float, help="weight of the text, 1 is off; default: the pipeline's")
     add("--negative-prompt", help="what to steer away from")
-    add("--seed", type=_seed, default=0, help="of the first image; default: %(default)s")
-    add("--height", type=_positive, help="in pixels; default: the model's size")
-    add("--width", type=_positive, help="in pixels; default: the model's size")
-    add("--batch-size", type=_positive, default=64, help="images drawn together; default: %(default)s")
+    add("--seed", type=seed_number, default=0, help="of the first image; default: %(default)s")
+    add("--height", type=positive, help="in pixels; default: the model's size")
+    add("--width", type=positive, help="in pixels; default: the model's size")
+    add("--batch-size", type=positive, default=64, help="images drawn together; default: %(default)s")
     add("--model", help="a folder or a Hub id; default: the model that comes with the package")
     add("--lora", help="a LoRA adapter: folder, .safetensors file or Hub id")
     add("--lora-scale", type=float, default=1.0, help="weight of the adapter; default: %(default)s")
@@ -183,7 +149,7 @@ def _add_describe_arguments(parser: argparse.ArgumentParser) -> None:
     add("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
     add("--captions", help="what to choose from: a caption bank, or a .txt or .csv file; default: the model's bank")
     add("--subtypes", action="store_true", help="tell the subtypes of a bank apart")
-    add("--top", type=_positive, default=3, help="captions shown of each image; default: %(default)s")
+    add("--top", type=positive, default=3, help="captions shown of each image; default: %(default)s")
     add("--explain", type=Path, metavar="PNG", help="of one image: ask the generator too, and show what decided")
     add("--generator", help="the generator that --explain asks; default: the model that comes with the package")
     add("--model", help="dual encoder, a folder or a Hub id; default: the one that comes with the package")
@@ -195,7 +161,7 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
     add("places", nargs="*", metavar="QUERY FOLDER", help="a text, unless --image is given; a folder, unless --corpus")
     add("--image", type=Path, help="look for what is like this image")
     add("--corpus", type=Path, help="look in these abstracts: JSON lines with pmid and abstract")
-    add("--top", type=_positive, default=5, help="results; default: %(default)s")
+    add("--top", type=positive, default=5, help="results; default: %(default)s")
     add("--index", type=Path, help="file of the index; default: in the folder, or beside the corpus")
     add("--model", help="dual encoder, a folder or a Hub id; default: the one that comes with the package")
     add("--device", type=_device, help="cpu, cuda, cuda:1 or mps; default: the fastest there is")
@@ -229,11 +195,11 @@ def _generate(args: argparse.Namespace) -> None:
     )
     if labelled is None:
         folder = generate.generate_prompts(studio, args.prompts, args.num_images or 8, args.seed, output)
-        _say(f"single images: {folder}")
+        say(f"single images: {folder}")
     else:
         write = {"grid": generate.generate_grid, "npz": generate.generate_npz, "imagefolder": generate.generate_folder}
         write[args.format](studio, labelled, output)
-    _say(str(output))
+    say(str(output))
 
 
 def _check_generate(args: argparse.Namespace) -> Path:
@@ -261,7 +227,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
     config = parse(EvaluateConfig, {}, args.flags, "visbio evaluate")
     evaluate(config)
-    _say(config.output)
+    say(config.output)
 
 
 def _audit(args: argparse.Namespace) -> None:
@@ -270,7 +236,7 @@ def _audit(args: argparse.Namespace) -> None:
 
     config = parse(AuditConfig, {}, args.flags, "visbio audit")
     audit(config)
-    _say(str(Path(config.output, "audit.json")))
+    say(str(Path(config.output, "audit.json")))
 
 
 def _describe(args: argparse.Namespace) -> None:
@@ -279,7 +245,7 @@ def _describe(args: argparse.Namespace) -> None:
     for line in command.describe_files(
         args.images, args.model, args.captions, args.subtypes, args.top, args.explain, args.generator, args.device
     ):
-        _say(line)
+        say(line)
 
 
 def _search(args: argparse.Namespace) -> None:
@@ -297,86 +263,13 @@ def _search(args: argparse.Namespace) -> None:
     else:
         lines = command.search_folder(args.image or given["QUERY"], Path(given["FOLDER"]), *settings)
     for line in lines:
-        _say(line)
-
-
-def _list_data(args: argparse.Namespace) -> None:
-    from visbio_diffusers.data import list_datasets
-
-    columns = ("flag", "train", "val", "test", "classes", "channels", "task", "licence", "sizes", "downloaded")
-    rows = [columns]
-    for row in list_datasets():
-        counts = [row[name] for name in ("train", "val", "test", "num_classes", "channels")]
-        sizes, downloaded = (" ".join(map(str, row[name])) for name in ("sizes", "downloaded"))
-        rows.append((row["name"], *map(str, counts), row["task"], row["licence"], sizes, downloaded or "-"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        _say("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _preview_data(args: argparse.Namespace) -> None:
-    from visbio_diffusers.data import load_image_dataset, preview
-
-    dataset = load_image_dataset(args.dataset, args.split, resolution=args.resolution, caption_bank=args.caption_bank)
-    figures = preview(dataset, args.output, args.num_images, args.seed)
-    sizes = " to ".join(dict.fromkeys(f"{figures[name][0]} x {figures[name][1]}" for name in ("smallest", "largest")))
-    licence = figures["licence"] or "licence unknown"
-    _say(f"{figures['name']}, {figures['split']}: {figures['num_images']} images of {sizes} pixels, {licence}")
-    intensity = ", ".join(f"{name} {value}" for name, value in figures["intensity"].items())
-    _say(f"channels: {figures['channels']}; intensity: {intensity}")
-    for title in ("class", "subtype"):
-        counts = figures[f"{title}_counts"] or {}
-        width = max(map(len, counts), default=0)
-        for name, count in counts.items():
-            _say(f"{title} {name.ljust(width)}  {count:7d}")
-    _say(str(args.output))
-
-
-def _pack_shards(args: argparse.Namespace) -> None:
-    from visbio_diffusers.data import load_image_dataset
-    from visbio_diffusers.data.pack import Packing, pack_shards
-
-    packing = Packing(
-        image_format=args.format, quality=args.quality, samples_per_shard=args.samples_per_shard, source=args.dataset
-    )
-    for split in args.split or ["train"]:
-        dataset = load_image_dataset(
-            args.dataset,
-            split,
-            resolution=args.resolution,
-            tile_size=args.tile_size,
-            caption_bank=args.caption_bank,
-            caption_column=args.caption_column,
-        )
-        folder = args.output / dataset.split
-        manifest = pack_shards(dataset, folder, packing, args.num_workers)
-        for reason in manifest["left_out"]:
-            _say(f"left out: {reason}")
-        _say(f"{manifest['num_samples']} images in {len(manifest['shards'])} shards: {folder}")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
-    return value
-
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**62:
-        raise argparse.ArgumentTypeError(f"{value} must be from 0 to 2^62")
-    return value
+        say(line)
 
 
 def _device(text: str) -> str:
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is none of cpu, cuda, cuda:N and mps")
     return text
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Files that are either whole or absent, their digests, and what the system says of them."""
 
+import codecs
 import hashlib
 import os
 from collections.abc import Iterator
@@ -44,6 +45,24 @@ def digest(*paths: Path, algorithm: str = "sha256") -> str:
             while block := file.read(2**20):
                 found.update(block)
     return found.hexdigest()
+
+
+def read_utf8(path: Path) -> str:
+    """Return the text of a file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        ValueError: if it is in another encoding; names the line.
+    """
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        code = "UTF-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "ISO-8859-1"
+        raise ValueError(
+            f"{path} line {line}: byte 0x{content[error.start]:02x} is not UTF-8: save the file in that encoding, or"
+            f" convert it, if it is in {code} by: iconv -f {code} -t UTF-8 {path.name} > new{path.suffix}"
+        ) from error
 
 
 def one_line(error: BaseException) -> str:

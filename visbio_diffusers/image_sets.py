@@ -26,6 +26,8 @@ class ImageSetsConfig(TrainConfig):
     captions_per_class: int = flag(2048, "distinct captions of each class and subtype")
     resolution: int = flag(28, "side of the images in pixels")
     tile_size: int = flag(64, "side of the tiles cut from photographs in Cellpose's layout, in their pixels")
+    slice_axis: int = flag(-1, "axis (0, 1, 2) across which the volumes of MedMNIST's 3-D sets are cut; -1 is each")
+    slices: int = flag(1, "slices around the middle of a volume, for each axis")
     max_train_samples: int = flag(0, "use so many images of each set; 0 uses all")
     random_flip: Literal["none", "horizontal", "dihedral"] = flag(
         "none", "dihedral adds turns by 90 degrees: for images without an upright position"
@@ -63,6 +65,8 @@ def load_image_sets(config: ImageSetsConfig, channels: int, split: str = "train"
             caption_bank=config.caption_bank or None,
             max_samples=config.max_train_samples or None,
             tile_size=config.tile_size,
+            slice_axis=None if config.slice_axis == -1 else config.slice_axis,
+            slices=config.slices,
         )
         for name in config.datasets
     ]

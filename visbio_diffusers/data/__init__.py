@@ -9,7 +9,7 @@ import numpy as np
 
 from visbio_diffusers.captions import load_bank
 from visbio_diffusers.data.cellpose import is_cellpose, load_cellpose
-from visbio_diffusers.data.dataset import ImageDataset, fit_image
+from visbio_diffusers.data.dataset import ImageDataset, MissingSplitError, fit_image
 from visbio_diffusers.data.folder import CAPTION_COLUMN, IMAGE_COLUMN, LABEL_COLUMN, load_folder
 from visbio_diffusers.data.medmnist import MEDMNIST, cache_folder, list_datasets, load_medmnist, parse_flag
 from visbio_diffusers.data.mixture import training_batches
@@ -21,6 +21,7 @@ from visbio_diffusers.data.shards import is_shards, load_shards
 
 __all__ = [
     "ImageDataset",
+    "MissingSplitError",
     "MixedSampler",
     "caption_pools",
     "fit_image",
@@ -46,6 +47,9 @@ def load_image_dataset(
     caption_bank: str | None = None,
     max_samples: int | None = None,
     tile_size: int = 64,
+    slice_axis: int | None = None,
+    slices: int = 1,
+    bare: bool = False,
     cache_dir: str | Path | None = None,
     allow_pipe: bool = False,
 ) -> ImageDataset:
@@ -64,6 +68,9 @@ def load_image_dataset(
             bank of the MedMNIST set, and none for other sets. Classes are matched by name where the set has names.
         max_samples (`int`, *optional*): keep this many images, drawn at random but always the same.
         tile_size (`int`): side of the tiles, see `load_cellpose`.
+        slice_axis (`int`, *optional*), slices (`int`): what is cut from the volumes of MedMNIST's 3-D sets, by default
+            the middle across each of the three axes, see `load_medmnist`.
+        bare (`bool`): whether folders with neither captions nor classes are taken too, to be looked at.
         cache_dir (`str` or `Path`, *optional*): where downloads are kept.
         allow_pipe (`bool`): let the address of shards be `pipe:COMMAND`, which runs a shell.
 
@@ -79,13 +86,15 @@ def load_image_dataset(
         raise ValueError(f"max_samples={max_samples}: keep at least 1, or leave it out to keep all")
     if is_shards(name):
         cache = cache_folder(cache_dir)
-        dataset = load_shards(name, split, caption_column, label_column, caption_bank is None, cache, allow_pipe)
+        columns = caption_column, label_column, caption_bank is None
+        dataset = load_shards(name, split, *columns, cache, allow_pipe, bare)
     elif _is_medmnist(name):
-        dataset = load_medmnist(name, split, cache_dir)
+        dataset = load_medmnist(name, split, cache_dir, slice_axis=slice_axis, slices=slices)
     elif is_cellpose(Path(name).expanduser()):
         dataset = load_cellpose(name, split, tile_size, resolution)
     else:
-        dataset = load_folder(name, split, image_column, caption_column, label_column, caption_bank is None, cache_dir)
+        columns = image_column, caption_column, label_column
+        dataset = load_folder(name, split, *columns, caption_bank is None, cache_dir, bare)
     if caption_bank is not None:
         dataset = _with_bank(dataset, caption_bank)
     if max_samples is not None and max_samples < len(dataset):

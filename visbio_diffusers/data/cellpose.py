@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from visbio_diffusers.data.dataset import ImageDataset, fit_image
+from visbio_diffusers.data.dataset import ImageDataset, MissingSplitError, fit_image
 
 
 logger = logging.getLogger(__name__)
@@ -75,15 +75,15 @@ def load_cellpose(name: str, split: str, tile_size: int, resolution: int | None 
         OSError: if a file cannot be read.
     """
     if split not in SPLITS:
-        raise ValueError(f"{name} has no split {split!r}: it has train, val, test")
+        raise MissingSplitError(f"{name} has no split {split!r}: it has train, val, test")
     pairs = [pair for pair in find_pairs(Path(name)) if pair.place in SPLITS[split]]
     if not pairs:
-        raise ValueError(f"{name} has too few photographs for a split {split!r}")
+        raise MissingSplitError(f"{name} has too few photographs for a split {split!r}")
     with ThreadPoolExecutor() as pool:
         cut = pool.map(lambda pair: cut_tiles(pair, tile_size, resolution or tile_size), pairs)
         found = [tile for tiles in tqdm(cut, desc="cutting tiles", total=len(pairs), disable=None) for tile in tiles]
     if not found:
-        raise ValueError(f"no tile of {tile_size} pixels in {name} shows an object: choose another tile_size")
+        raise MissingSplitError(f"no tile of {tile_size} pixels in {name} shows an object: choose another tile_size")
     contents = [content for _, content in found]
     return ImageDataset(
         name=Path(name).name,

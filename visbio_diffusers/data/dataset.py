@@ -20,6 +20,10 @@ class UnreadableImage(ValueError):
     """An image of a set of shards that cannot be read; a training goes on without it."""
 
 
+class MissingSplitError(ValueError):
+    """A set has no split of the name asked for, or nothing in it."""
+
+
 def fit_image(image: np.ndarray | Image.Image, resolution: int | None = None, channels: int = 3) -> np.ndarray:
     """Return an image as uint8 RGB or grey array of the wanted size.
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from visbio_diffusers.data.dataset import ImageDataset
+from visbio_diffusers.data.dataset import ImageDataset, MissingSplitError
 from visbio_diffusers.data.photograph import to_eight_bits
-from visbio_diffusers.files import one_line
+from visbio_diffusers.files import one_line, read_utf8
 
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def load_folder(
     label_column: str = LABEL_COLUMN,
     captions_needed: bool = True,
     cache_dir: str | Path | None = None,
+    bare: bool = False,
 ) -> ImageDataset:
     """Load one split of an image folder, a parquet file or folder, or a Hub set.
 
@@ -101,10 +102,12 @@ def load_folder(
         image_column, caption_column, label_column (`str`): names of the columns.
         captions_needed (`bool`): `False` if a caption bank speaks for the labels: captions are then not read.
         cache_dir (`str` or `Path`, *optional*): cache of the `datasets` library.
+        bare (`bool`): whether a set without the column of captions, and without classes, is taken too.
 
     Raises:
         FileNotFoundError: if the folder or file does not exist, or the folder has no images.
-        ValueError: for missing splits and columns, empty or missing captions, and unreadable images.
+        ValueError: for missing splits and columns, empty or missing captions, metadata in another encoding than UTF-8,
+            and unreadable images.
         OSError: if the Hub cannot be reached.
     """
     table = _load_table(str(name), split, cache_dir)
@@ -113,7 +116,7 @@ def load_folder(
     images = _encoded_images(table, image_column, str(name))
     labels, class_names = _read_labels(table, label_column, str(name))
     # Classes may stand in for captions, but not for a caption column that was asked for by name.
-    optional = class_names is not None and caption_column == CAPTION_COLUMN
+    optional = (bare or class_names is not None) and caption_column == CAPTION_COLUMN
     captions = None
     if captions_needed and (caption_column in table.column_names or not optional):
         captions = _read_captions(table, caption_column, images, str(name))
@@ -149,7 +152,7 @@ def _load_table(name: str, split: str, cache_dir: str | Path | None) -> datasets
     aliases = {"val": "validation", "validation": "val"}
     found = split if split in tables else aliases.get(split)
     if found not in tables:
-        raise ValueError(f"{name} has no split {split!r}: it has {', '.join(tables)}")
+        raise MissingSplitError(f"{name} has no split {split!r}: it has {', '.join(tables)}")
     if path.is_dir() and arguments["path"] == "imagefolder":
         _warn_of_unlisted(path, sum(len(table) for table in tables.values()))
     return tables[found]
@@ -161,6 +164,9 @@ def _folder_arguments(path: Path) -> dict[str, str]:
         return {"path": "parquet", "data_dir": str(path)}
     if not suffixes & set(Image.registered_extensions()):
         raise FileNotFoundError(f"no images and no parquet files in {path}: put them there or give another folder")
+    for name in ("metadata.jsonl", "metadata.csv"):
+        for file in path.rglob(name):
+            read_utf8(file)  # refused here, in better words
     return {"path": "imagefolder", "data_dir": str(path)}
 
 

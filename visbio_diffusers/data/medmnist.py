@@ -1,4 +1,7 @@
-"""MedMNIST's 2-D sets: the table of them, and their npz files read without pickle and without the medmnist package."""
+"""MedMNIST's sets, volumes as slices: the table of them, and their npz files.
+
+They are read without pickle and without the medmnist package.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import numpy as np
 from visbio_diffusers.captions import load_bank
 from visbio_diffusers.data.dataset import ImageDataset
 from visbio_diffusers.data.download import download_file
-from visbio_diffusers.data.npz import read_npz_split
+from visbio_diffusers.data.npz import is_volumes, read_npz_split
 
 
 BASE_URL = "https://zenodo.org/records/10519652/files"
@@ -22,14 +25,19 @@ SIZES = (28, 64, 128, 224)
 
 
 class MedMNISTSet(NamedTuple):
-    """Facts about one set; `md5` follows `SIZES`, `num_samples` is (train, val, test)."""
+    """Facts about one set; `md5` follows `SIZES`, of which 3-D sets have two, `num_samples` is (train, val, test)."""
 
     channels: int
     num_classes: int
     task: str
     licence: str
     num_samples: tuple[int, int, int]
-    md5: tuple[str, str, str, str]
+    md5: tuple[str, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Sides in pixels that there are."""
+        return SIZES[: len(self.md5)]
 
 
 # Source: info.py of the medmnist package, version 3.0.2, and Zenodo record 10519652.
@@ -95,6 +103,30 @@ MEDMNIST = {
         ("9ab87b696fb54e2a387ebe992d6ed5f1", "53a6d115339d874c25e309a994ff46d3",
          "ded0c5fa01a95dc4978b956f613e9b8e", "b354719e553fbbb2513d5533f52a4cb1"),
     ),
+    "organmnist3d": MedMNISTSet(
+        1, 11, "multi-class", "CC BY 4.0", (971, 161, 610),
+        ("a0c5a1ff56af4f155c46d46fbb45a2fe", "58a2205adf14a9d0a189cb06dc78bf10"),
+    ),
+    "nodulemnist3d": MedMNISTSet(
+        1, 2, "binary-class", "CC BY 4.0", (1158, 165, 310),
+        ("8755a7e9e05a4d9ce80a24c3e7a256f3", "c47c5b7d457bf6332200d2ea6d64ecd8"),
+    ),
+    "adrenalmnist3d": MedMNISTSet(
+        1, 2, "binary-class", "CC BY 4.0", (1188, 98, 298),
+        ("bbd3c5a5576322bc4cdfea780653b1ce", "17721accfe9fb005146a47d33bc54b2f"),
+    ),
+    "fracturemnist3d": MedMNISTSet(
+        1, 3, "multi-class", "CC BY 4.0", (1027, 103, 240),
+        ("6aa7b0143a6b42da40027a9dda61302f", "f01d7e6316aedf4210da0da5b7437b42"),
+    ),
+    "vesselmnist3d": MedMNISTSet(
+        1, 2, "binary-class", "CC BY 4.0", (1335, 191, 382),
+        ("b41fd4f7e7e2feedddb201585ecafa1b", "6bb274a8846e1097066dcd64e2c4520f"),
+    ),
+    "synapsemnist3d": MedMNISTSet(
+        1, 2, "binary-class", "CC BY 4.0", (1230, 177, 352),
+        ("1235b78a3cd6280881dd7850a78eadb6", "43bd14ebf3af9d3dd072446fedc14d5e"),
+    ),
 }
 # fmt: on
 
@@ -109,9 +141,16 @@ PBC_SUBTYPES = {
 
 
 def load_medmnist(
-    flag_or_path: str, split: str = "train", cache_dir: str | Path | None = None, base_url: str = BASE_URL
+    flag_or_path: str,
+    split: str = "train",
+    cache_dir: str | Path | None = None,
+    base_url: str = BASE_URL,
+    slice_axis: int | None = None,
+    slices: int = 1,
 ) -> ImageDataset:
-    """Load one split of a MedMNIST 2-D set, downloading it on first use, or of a local npz in the same format.
+    """Load one split of a MedMNIST set, downloading it on first use, or of a local npz in the same format.
+
+    Volumes become images by their central slices, see [`central_slices`], which keep the class of the volume.
 
     Args:
         flag_or_path (`str`): a flag ("pathmnist" is 28 pixels, "pathmnist_64" its 64 pixel version), or the path of an
@@ -121,9 +160,12 @@ def load_medmnist(
         cache_dir (`str` or `Path`, *optional*): where downloads lie; default is the environment variable
             `VISBIO_CACHE`, else `~/.cache/visbio_diffusers`.
         base_url (`str`): where the files are fetched from.
+        slice_axis (`int`, *optional*): axis across which volumes are cut: 0, 1 or 2; default is each of the three.
+        slices (`int`): central slices of a volume and axis.
 
     Raises:
-        ValueError: for an unknown flag, a missing split, and files that are damaged or hold something else.
+        ValueError: for an unknown flag, a missing split, files that are damaged or hold something else, and slices
+            that a volume does not have.
         FileNotFoundError: if the path does not exist.
         OSError: if the download fails or has the wrong MD5.
     """
@@ -139,7 +181,11 @@ def load_medmnist(
         md5 = MEDMNIST[flag].md5[SIZES.index(size)]
         path = download_file(f"{base_url}/{file_name}?download=1", cache / file_name, md5)
     split = "val" if split == "validation" else split
-    images, labels = read_npz_split(path, split, cache)
+    images, labels = read_npz_split(path, split, cache, volumes=flag is not None and flag.endswith("3d"))
+    if is_volumes(images):
+        count = len(images)
+        images = central_slices(images, slice_axis, slices)
+        labels = np.repeat(labels, len(images) // count, axis=0)
     if flag is not None:
         _check_labels(path, labels, MEDMNIST[flag])
     return ImageDataset(
@@ -152,6 +198,43 @@ def load_medmnist(
         bank=flag,
         licence=None if flag is None else MEDMNIST[flag].licence,
     )
+
+
+def central_slices(volumes: np.ndarray, axis: int | None = None, count: int = 1) -> np.ndarray:
+    """Return the `count` slices next to the middle of each volume, across each of its three axes or one of them.
+
+    The default gives three views of each volume, none like another, as the makers of OrganMNIST's 2-D sets cut the
+    middles of theirs. Which axis is which plane of the body the files do not say, nor do the captions. (One of their
+    makers calls the first axis axial, in issue 17 of MedMNIST's repository, of all sets alike.)
+
+    Args:
+        volumes (`np.ndarray` of shape `(n, depth, height, width)`).
+        axis (`int`, *optional*): 0, 1 or 2: that of depth, height or width.
+        count (`int`): slices for each axis.
+
+    Returns:
+        array of shape `(n * 3 * count, side, side)`, or `(n * count, ...)` for one axis: all slices of the first
+        volume, by axis and place, then those of the next.
+
+    Raises:
+        ValueError: for an axis or more slices than there are, and for all axes of volumes that are no cubes.
+
+    Source: Yang et al. 2023, MedMNIST v2 (2-D sets of OrganMNIST).
+    """
+    if axis not in (None, 0, 1, 2):
+        raise ValueError(f"slice_axis={axis}: volumes have the axes 0, 1 and 2")
+    axes = (0, 1, 2) if axis is None else (axis,)
+    sides = volumes.shape[1:]
+    if axis is None and len(set(sides)) > 1:
+        raise ValueError(f"volumes of {sides} voxels are no cubes: choose one slice_axis")
+    if not 1 <= count <= min(sides[axis] for axis in axes):
+        raise ValueError(f"slices={count}: volumes of {sides} voxels have 1 to {min(sides[axis] for axis in axes)}")
+    views = []
+    for axis in axes:
+        first = (sides[axis] - count) // 2
+        views.append(np.moveaxis(volumes, axis + 1, 1)[:, first : first + count])
+    cut = np.concatenate(views, axis=1)
+    return cut.reshape(-1, *cut.shape[2:])
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
@@ -171,13 +254,14 @@ def parse_flag(name: str) -> tuple[str, int]:
         nearest = difflib.get_close_matches(flag.lower(), MEDMNIST, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known sets: {', '.join(MEDMNIST)}"
         raise ValueError(f"unknown dataset {name!r}: {hint} A path, or a Hub set as owner/name, works too")
-    if size not in SIZES:
-        raise ValueError(f"{flag} has no size {size}: choose {flag} (28 pixels), {flag}_64, {flag}_128 or {flag}_224")
+    if size not in MEDMNIST[flag].sizes:
+        others = " or ".join(f"{flag}_{other}" for other in MEDMNIST[flag].sizes[1:])
+        raise ValueError(f"{flag} has no size {size}: choose {flag} (28 pixels), {others}")
     return flag, size
 
 
 def list_datasets(cache_dir: str | Path | None = None) -> list[dict[str, Any]]:
-    """Return a row per MedMNIST 2-D set: name, classes, channels, task, licence, counts, sizes, sizes downloaded."""
+    """Return a row per MedMNIST set: name, classes, channels, task, licence, counts, sizes, sizes downloaded."""
     cache = cache_folder(cache_dir)
     return [
         {
@@ -187,8 +271,8 @@ def list_datasets(cache_dir: str | Path | None = None) -> list[dict[str, Any]]:
             "task": info.task,
             "licence": info.licence,
             **dict(zip(("train", "val", "test"), info.num_samples, strict=True)),
-            "sizes": SIZES,
-            "downloaded": tuple(s for s in SIZES if (cache / f"{flag}{'' if s == 28 else f'_{s}'}.npz").exists()),
+            "sizes": info.sizes,
+            "downloaded": tuple(s for s in info.sizes if (cache / f"{flag}{'' if s == 28 else f'_{s}'}.npz").exists()),
         }
         for flag, info in MEDMNIST.items()
     ]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from visbio_diffusers.data.dataset import MissingSplitError
 from visbio_diffusers.files import whole_file
 
 
@@ -19,17 +20,18 @@ logger = logging.getLogger(__name__)
 MAP_ABOVE_BYTES = 2**30  # larger arrays are unpacked once into the cache and memory-mapped
 
 
-def read_npz_split(path: str | Path, split: str, cache: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_npz_split(path: str | Path, split: str, cache: Path, volumes: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Read the images and labels of one split, and nothing else, from an npz.
 
     Args:
         path (`str` or `Path`): npz with `{split}_images` and `{split}_labels`.
         split (`str`): prefix of the keys.
         cache (`Path`): where arrays above 1 GiB are unpacked, to be memory-mapped.
+        volumes (`bool`): whether images may have a depth.
 
     Returns:
-        uint8 images of shape `(n, height, width)` or `(n, height, width, 3)`; labels of shape `(n,)`, int64, or
-        `(n, classes)`, 0/1 in uint8.
+        uint8 images of shape `(n, height, width)`, `(n, height, width, 3)`, or `(n, depth, height, width)`; labels of
+        shape `(n,)`, int64, or `(n, classes)`, 0/1 in uint8.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -44,9 +46,9 @@ def read_npz_split(path: str | Path, split: str, cache: Path) -> tuple[np.ndarra
             stems = {key.rpartition("_")[0] for key in archive.files}
             splits = sorted(stem for stem in stems if {f"{stem}_images", f"{stem}_labels"} <= set(archive.files))
             found = f"its splits are {', '.join(splits)}" if splits else f"its keys are {', '.join(archive.files)}"
-            raise ValueError(f"{path} has no {keys[0]} and {keys[1]}: {found}")
+            raise MissingSplitError(f"{path} has no {keys[0]} and {keys[1]}: {found}")
         images, labels = (_read_array(archive, path, key, cache) for key in keys)
-    _check_arrays(path, split, images, labels)
+    _check_arrays(path, split, images, labels, volumes)
     if labels.ndim == 2 and labels.shape[1] > 1:
         return images, labels.astype(np.uint8)
     return images, labels.reshape(len(labels)).astype(np.int64)
@@ -90,10 +92,15 @@ def _map_array(archive: zipfile.ZipFile, path: Path, key: str, cache: Path) -> n
     return np.load(target, mmap_mode="r", allow_pickle=False)
 
 
-def _check_arrays(path: Path, split: str, images: np.ndarray, labels: np.ndarray) -> None:
+def is_volumes(images: np.ndarray) -> bool:
+    """Return whether an array holds images with a depth, not with colours."""
+    return images.ndim == 4 and images.shape[3] not in (1, 3)
+
+
+def _check_arrays(path: Path, split: str, images: np.ndarray, labels: np.ndarray, volumes: bool) -> None:
     if images.dtype != np.uint8:
         raise ValueError(f"{path}: {split}_images is {images.dtype}, it must be uint8 in [0, 255]: convert it")
-    if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
+    if images.ndim not in (3, 4) or (is_volumes(images) and not volumes):
         raise ValueError(
             f"{path}: {split}_images has shape {images.shape}, it must be (n, height, width) or (n, height, width, 3)"
         )

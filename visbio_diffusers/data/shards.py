@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from visbio_diffusers.data.dataset import ImageDataset, UnreadableImage
+from visbio_diffusers.data.dataset import ImageDataset, MissingSplitError, UnreadableImage
 from visbio_diffusers.data.medmnist import MEDMNIST
 from visbio_diffusers.data.photograph import UNREADABLE, to_eight_bits
 from visbio_diffusers.data.remote import PIPE, RemoteFiles, is_remote
@@ -64,6 +64,7 @@ def load_shards(
     captions_needed: bool,
     cache: Path,
     allow_pipe: bool = False,
+    bare: bool = False,
 ) -> ImageDataset:
     """Load one split of a set in shards; images are read when they are asked for, remote shards when they are needed.
 
@@ -75,6 +76,7 @@ def load_shards(
         captions_needed (`bool`): `False` if a caption bank speaks for the labels.
         cache (`Path`): where remote shards and indices are kept.
         allow_pipe (`bool`): see `RemoteFiles`.
+        bare (`bool`): whether a set with neither captions nor classes is taken too.
 
     Raises:
         ValueError: for a missing split, shards that are damaged or not those of their manifest, and missing captions.
@@ -94,7 +96,7 @@ def load_shards(
     bank = manifest.get("bank")
     captions = None
     if captions_needed and bank is None:
-        captions = _captions(table, shards, starts, caption_column, optional=class_names is not None)
+        captions = _captions(table, shards, starts, caption_column, optional=bare or class_names is not None)
     return ImageDataset(
         name=manifest.get("name") or _plain_name(name),
         split=split,
@@ -120,7 +122,9 @@ def find_shards(name: str, split: str, files: RemoteFiles) -> tuple[list[Shard],
     addresses = [f"{PIPE}{each}" for each in _expand(address.removeprefix(PIPE))] if address.startswith(PIPE) else None
     addresses = addresses or [each for pattern in _expand(address) for each in _glob(pattern)]
     if split != "train" and "{split}" not in name and addresses == _expand(name):
-        raise ValueError(f"{name} are the shards of one split: put {{split}} into the address to have {split!r} too")
+        raise MissingSplitError(
+            f"{name} are the shards of one split: put {{split}} into the address to have {split!r} too"
+        )
     return [Shard(each) for each in addresses], {}
 
 
@@ -136,7 +140,7 @@ def _in_folder(folder: Path, split: str) -> str:
     if split == "train" and not next(folder.glob("*/*.tar"), None):
         return str(folder / "*.tar")
     splits = sorted({path.parent.name for path in folder.glob("*/*.tar")})
-    raise ValueError(f"{folder} has no split {split!r}: it has {', '.join(splits) or 'train'}")
+    raise MissingSplitError(f"{folder} has no split {split!r}: it has {', '.join(splits) or 'train'}")
 
 
 def _of_manifest(address: str, split: str, files: RemoteFiles) -> tuple[list[Shard], dict[str, Any]]:
@@ -149,7 +153,7 @@ def _of_manifest(address: str, split: str, files: RemoteFiles) -> tuple[list[Sha
     if not manifest.get("complete"):
         raise ValueError(f"{address} is of a set that is not packed to its end: give the same command again")
     if manifest["split"] != split:
-        raise ValueError(f"{address} has no split {split!r}: it has {manifest['split']}")
+        raise MissingSplitError(f"{address} has no split {split!r}: it has {manifest['split']}")
     if any(Path(file).name != file for file, _, _ in entries):
         raise ValueError(f"{address} names shards outside of its folder: such manifests are refused")
     shards = [Shard(base + file, base + _index_name(file), size, sha256) for file, size, sha256 in entries]

@@ -1,0 +1,1 @@
+"""What `visbio data` does, and what its arguments and those of `visbio` share."""
