@@ -26,6 +26,17 @@ class ImageSetsConfig(TrainConfig):
     captions_per_class: int = flag(2048, "distinct captions of each class and subtype")
     resolution: int = flag(28, "side of the images in pixels")
     tile_size: int = flag(64, "side of the tiles cut from photographs in Cellpose's layout, in their pixels")
+    tile_overlap: float = flag(
+        0.0, "share of a tile that it has in common with the next, 0 to 0.9; above 0 covers all"
+    )
+    min_object_area: float = flag(0.01, "share of a tile below which an object's part in it does not count")
+    object_name: str = flag("nucleus", "what the masks show, for captions: cell, or ovum/ova with its plural")
+    channel_names: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "channels of the photographs, e.g. cytoplasm nucleus; none is not shown; default as in the file"
+        },
+    )
     max_train_samples: int = flag(0, "use so many images of each set; 0 uses all")
     random_flip: Literal["none", "horizontal", "dihedral"] = flag(
         "none", "dihedral adds turns by 90 degrees: for images without an upright position"
@@ -63,6 +74,10 @@ def load_image_sets(config: ImageSetsConfig, channels: int, split: str = "train"
             caption_bank=config.caption_bank or None,
             max_samples=config.max_train_samples or None,
             tile_size=config.tile_size,
+            tile_overlap=config.tile_overlap,
+            min_object_area=config.min_object_area,
+            object_name=config.object_name,
+            channel_names=config.channel_names,
         )
         for name in config.datasets
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +45,10 @@ def load_image_dataset(
     caption_bank: str | None = None,
     max_samples: int | None = None,
     tile_size: int = 64,
+    tile_overlap: float = 0.0,
+    min_object_area: float = 0.01,
+    object_name: str = "nucleus",
+    channel_names: Sequence[str] = (),
     cache_dir: str | Path | None = None,
 ) -> ImageDataset:
     """Load one split of any image set: a MedMNIST flag, an npz, a folder, parquet, a Hub set, or Cellpose's layout.
@@ -59,7 +64,8 @@ def load_image_dataset(
         caption_bank (`str`, *optional*): name or YAML file of the bank that describes the classes; default is the
             bank of the MedMNIST set, and none for other sets. Classes are matched by name where the set has names.
         max_samples (`int`, *optional*): keep this many images, drawn at random but always the same.
-        tile_size (`int`): side of the tiles, see `load_cellpose`.
+        tile_size, tile_overlap, min_object_area, object_name, channel_names: of photographs in Cellpose's layout, see
+            `load_cellpose`.
         cache_dir (`str` or `Path`, *optional*): where downloads are kept.
 
     Raises:
@@ -75,7 +81,11 @@ def load_image_dataset(
     if _is_medmnist(name):
         dataset = load_medmnist(name, split, cache_dir)
     elif is_cellpose(Path(name).expanduser()):
-        dataset = load_cellpose(name, split, tile_size, resolution)
+        dataset = load_cellpose(
+            name, split, tile_size, resolution,
+            tile_overlap=tile_overlap, min_object_area=min_object_area, object_name=object_name,
+            channel_names=channel_names,
+        )  # fmt: skip
     else:
         dataset = load_folder(name, split, image_column, caption_column, label_column, caption_bank is None, cache_dir)
     if caption_bank is not None:

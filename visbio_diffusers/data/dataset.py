@@ -39,6 +39,13 @@ def fit_image(image: np.ndarray | Image.Image, resolution: int | None = None, ch
     return np.asarray(image).reshape(image.height, image.width, channels)
 
 
+def fit_mask(mask: np.ndarray, resolution: int) -> np.ndarray:
+    """Return instance masks, uint16 `(height, width)`, fitted as [`fit_image`] fits their image, by nearest pixels."""
+    if mask.shape == (resolution, resolution):
+        return mask
+    return np.asarray(ImageOps.fit(Image.fromarray(mask), (resolution, resolution), Image.Resampling.NEAREST))
+
+
 @dataclass
 class ImageDataset:
     """Images of one split of one set, with whatever is known about each of them.
@@ -55,6 +62,7 @@ class ImageDataset:
         bank (`str`, *optional*): caption bank that turns labels into captions.
         licence (`str`, *optional*): licence of the images.
         resolution (`int`, *optional*), channels (`int`): form of the images in the items, see `fit_image`.
+        masks (`np.ndarray` of shape `(n, height, width)`, uint16, *optional*): 0 is background, 1 to k the objects.
         kept (`tuple[np.ndarray, np.ndarray]`, *optional*): room for images once decoded, and which ones are.
     """
 
@@ -69,6 +77,7 @@ class ImageDataset:
     licence: str | None = None
     resolution: int | None = None
     channels: int = 3
+    masks: np.ndarray | None = None
     kept: tuple[np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -76,13 +85,18 @@ class ImageDataset:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return `image` (uint8, height x width x channels), `label` (int, 0/1 vector, None), `subtype`, `caption`."""
+        """Return `image` (uint8, height x width x channels), `label` (int, 0/1 vector, None), `subtype`, `caption`.
+
+        Where masks are known, also `mask` (uint16, height x width).
+        """
         label = None if self.labels is None else self.labels[index]
+        known = {} if self.masks is None else {"mask": self.masks[index]}
         return {
             "image": self._image(index),
             "label": int(label) if np.ndim(label) == 0 and label is not None else label,
             "subtype": None if self.subtypes is None else self.subtypes[index],
             "caption": None if self.captions is None else self.captions[index],
+            **known,
         }
 
     def select(self, indices: np.ndarray) -> ImageDataset:
@@ -94,6 +108,7 @@ class ImageDataset:
             labels=None if self.labels is None else self.labels[indices],
             captions=None if self.captions is None else [self.captions[i] for i in indices],
             subtypes=None if self.subtypes is None else [self.subtypes[i] for i in indices],
+            masks=None if self.masks is None else self.masks[indices],
             kept=None,
         )
 
@@ -112,7 +127,10 @@ class ImageDataset:
             images = resized
         elif not in_memory and resolution is not None and len(self) * resolution**2 * channels <= KEEP_BYTES:
             kept = np.zeros((len(self), resolution, resolution, channels), np.uint8), np.zeros(len(self), bool)
-        return replace(self, images=images, resolution=resolution, channels=channels, kept=kept)
+        masks = self.masks
+        if masks is not None and resolution is not None:
+            masks = np.stack([fit_mask(mask, resolution) for mask in masks])
+        return replace(self, images=images, resolution=resolution, channels=channels, masks=masks, kept=kept)
 
     def _image(self, index: int) -> np.ndarray:
         if self.kept is None:
