@@ -58,7 +58,7 @@ def test_names_of_the_user_come_before_those_of_the_file():
     assert look.names == ("cytoplasm", "nucleus") and look.shown == (1, 2) and look.colours == ("green", "blue")
     rgb = look.to_rgb(image.values)
     assert (rgb[:, :, 0] == 0).all() and np.abs(rgb[:, :, 2] - stretched(image.values[:, :, 2])).max() <= 1
-    with pytest.raises(ValueError, match="has 3 channels, but 2 names are given: a, b"):
+    with pytest.raises(ValueError, match=r"has not 2 channels \(a, b\) but 3: name each"):
         choose_look(image, ["a", "b"])
     with pytest.raises(ValueError, match="has no channel that is not left out"):
         choose_look(image, ["none"] * 3)

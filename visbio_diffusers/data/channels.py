@@ -92,7 +92,7 @@ def choose_look(image: Micrograph, channel_names: Sequence[str] = ()) -> Look:
         if stain is None:
             count, names, shown = 1, tuple(channel_names) or ("",), ()
     if len(names) != count:
-        raise ValueError(f"has {count} channels, but {len(names)} names are given: {', '.join(names)}")
+        raise ValueError(f"has not {len(names)} channels ({', '.join(names)}) but {count}: name each of them, or none")
     if set(names) == {LEFT_OUT}:
         raise ValueError(f"has no channel that is not left out as {LEFT_OUT!r}: name one")
     names = tuple(name for name in names if name != LEFT_OUT)
