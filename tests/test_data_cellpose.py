@@ -139,13 +139,13 @@ def test_settings_of_a_training_reach_captions_and_masks(folder):
         tifffile.imwrite(folder / split / "a.ome.tif", planes, photometric="minisblack", metadata=facts)
     settings = ImageSetsConfig(
         output_dir="runs", dataset_name=[str(folder)], tile_size=32, resolution=16, tile_overlap=0.5,
-        min_object_area=0.2, object_name="cell", channel_names=["nucleus", "cytoplasm", "none"],
+        min_object_area=0.09, object_name="cell", channel_names=["nucleus", "cytoplasm", "none"],
     )  # fmt: skip
     (tiles,) = load_image_sets(settings, 3)
     kind = "fluorescence image of nucleus in blue and cytoplasm in green"
     assert tiles.captions[0] == f"{kind}, one large cell of 9 um, spaced, 1 um per pixel"
     assert tiles.images[0, 4, 4].tolist() == [0, 255, 255]
-    assert all(masks.any() and np.bincount(masks.ravel())[1:].min() >= 0.2 * 16 * 16 for masks in tiles.masks)
+    assert all(masks.any() and np.bincount(masks.ravel())[1:].min() >= 0.09 * 16 * 16 for masks in tiles.masks)
     picked = tiles.select(np.array([1])).formatted(8, 1)
     assert picked.masks.shape == (1, 8, 8) and np.array_equal(picked[0]["mask"], tiles.masks[1][1::2, 1::2])
     _save(folder / "train" / "b_img.png", _masks().astype(np.uint8))
