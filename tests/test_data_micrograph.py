@@ -129,11 +129,14 @@ def test_damaged_files_are_named(tmp_path):
         read_micrograph(tmp_path / "none.tif")
 
 
-def test_stacks_series_and_many_channels_are_refused(tmp_path):
+def test_stacks_series_and_what_else_is_no_image(tmp_path):
     for axes, message in (("ZYX", "axes ZYX of 5 x 24 x 32"), ("TYX", "axes TYX")):
         tifffile.imwrite(tmp_path / "a.ome.tif", PLANES, photometric="minisblack", metadata={"axes": axes})
         with pytest.raises(ValueError, match=f"a stack or series, {message}"):
             read_micrograph(tmp_path / "a.ome.tif")
+    tifffile.imwrite(tmp_path / "a.tif", PLANES[0].astype(np.complex64))
+    with pytest.raises(ValueError, match=r"a.tif \(its values are complex64: save them as 16-bit integers"):
+        read_micrograph(tmp_path / "a.tif")
     write_ome(tmp_path / "a.ome.tif", np.concatenate([PLANES, PLANES]), None)
     with pytest.raises(ValueError, match="10 channels are more than 5: save those that matter"):
         read_micrograph(tmp_path / "a.ome.tif")

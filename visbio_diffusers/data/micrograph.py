@@ -136,6 +136,8 @@ def _read_tiff(path: Path, as_masks: bool = False) -> Micrograph:
                 values = np.iinfo(values.dtype).max - values
             if "S" in series.axes and page.extrasamples and page.extrasamples[-1] in ALPHA:
                 values = values[:, :, :-1]
+        if values.dtype.kind not in "biuf":
+            raise ValueError(f"its values are {values.dtype}: save them as 16-bit integers")
         return Micrograph(values, *_read_facts(file, values.shape[2]))
 
 

@@ -83,7 +83,8 @@ def measure(masks: np.ndarray, min_object_area: float) -> tuple[np.ndarray, Cont
         uint16 `(side, side)`, in which the objects that count are 1 to k in the order of their numbers and all else
         is 0, and the content.
     """
-    areas = np.bincount(masks.ravel().astype(np.intp))
+    masks = masks.astype(np.intp)
+    areas = np.bincount(masks.ravel())
     areas[0] = 0
     kept = np.flatnonzero(areas >= max(min_object_area * masks.size, 1))
     numbers = np.zeros(len(areas), np.uint16)
