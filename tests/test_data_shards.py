@@ -88,6 +88,7 @@ def test_a_packed_set_is_the_set(tmp_path):
     for caption, item in expected.items():
         assert np.array_equal(item["image"], found[caption]["image"])
         assert (item["label"], item["subtype"]) == (found[caption]["label"], found[caption]["subtype"])
+    assert "mask" not in packed[0]
     few = load_image_dataset(str(tmp_path / "set"), "train", max_samples=5, resolution=4)
     assert len(few) == 5 and few[0]["image"].shape == (4, 4, 3) and few.captions[0] in expected
 
@@ -111,6 +112,24 @@ def test_banks_multi_labels_and_real_files(tmp_path, visbio_data):
     assert manifest["num_samples"] == 30
     packed = load_image_dataset(str(tmp_path / "pbc"), "test")
     assert {packed.images.encoded(i) for i in range(30)} == {jpeg.images.encoded(i) for i in range(30)}
+
+
+def test_masks_stay_with_their_images(tmp_path, visbio_data):
+    (tmp_path / "photographs").mkdir()
+    for path in sorted((visbio_data / "dsb2018_cellpose").glob("00[0-9]_*.png")):
+        (tmp_path / "photographs" / path.name).symlink_to(path)
+    tiles = load_image_dataset(str(tmp_path / "photographs"))
+    pack_shards(tiles, tmp_path / "tiles" / "train", Packing(samples_per_shard=20), 1)
+    packed = load_image_dataset(str(tmp_path / "tiles"))
+    expected = {item["image"].tobytes(): item for item in map(tiles.__getitem__, range(len(tiles)))}
+    for index in range(len(packed)):
+        item = packed[index]
+        assert (
+            np.array_equal(item["mask"], expected[item["image"].tobytes()]["mask"]) and item["mask"].dtype == np.uint16
+        )
+        assert item["caption"] == expected[item["image"].tobytes()]["caption"]
+    small = load_image_dataset(str(tmp_path / "tiles"), resolution=32, max_samples=3)
+    assert small[0]["mask"].shape == (32, 32) and small[0]["mask"].max() > 0
 
 
 def test_other_programs_read_our_shards(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from entrez_server import EntrezServer, stored_articles
 from hub_server import HubServer
 from PIL import Image
@@ -100,6 +101,10 @@ def workplace(tmp_path_factory, visbio_data):
         Image.new("RGB", (64, 64), (90 * number, 0, 90)).save(folder / "my_images" / f"{number:04d}.png")
     line = blocks(README, "json")[0]
     (folder / "my_images" / "metadata.jsonl").write_text(line + line.replace("0001", "0002"))
+    (folder / "my_photographs").mkdir()
+    masks = np.pad(np.ones((64, 64), np.uint16), 64)
+    tifffile.imwrite(folder / "my_photographs" / "0001_masks.tif", masks)
+    tifffile.imwrite(folder / "my_photographs" / "0001_img.tif", np.stack([masks, masks]), photometric="minisblack")
     with np.load(visbio_data / "medmnist" / "bloodmnist_rebuilt_28.npz") as real:
         few = {name: real[name][:200] for name in real.files if name.endswith(("images", "labels"))}
     Image.fromarray(few["test_images"][0]).save(folder / "cell.png")

@@ -28,6 +28,17 @@ class ImageSetsConfig(TrainConfig):
     tile_size: int = flag(64, "side of the tiles cut from photographs in Cellpose's layout, in their pixels")
     slice_axis: int = flag(-1, "axis (0, 1, 2) across which the volumes of MedMNIST's 3-D sets are cut; -1 is each")
     slices: int = flag(1, "slices around the middle of a volume, for each axis")
+    tile_overlap: float = flag(
+        0.0, "share of a tile that it has in common with the next, 0 to 0.9; above 0 covers all"
+    )
+    min_object_area: float = flag(0.01, "share of a tile below which an object's part in it does not count")
+    object_name: str = flag("nucleus", "what the masks show, for captions: cell, or ovum/ova with its plural")
+    channel_names: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "channels of the photographs, e.g. cytoplasm nucleus; none is not shown; default as in the file"
+        },
+    )
     max_train_samples: int = flag(0, "use so many images of each set; 0 uses all")
     random_flip: Literal["none", "horizontal", "dihedral"] = flag(
         "none", "dihedral adds turns by 90 degrees: for images without an upright position"
@@ -67,6 +78,10 @@ def load_image_sets(config: ImageSetsConfig, channels: int, split: str = "train"
             tile_size=config.tile_size,
             slice_axis=None if config.slice_axis == -1 else config.slice_axis,
             slices=config.slices,
+            tile_overlap=config.tile_overlap,
+            min_object_area=config.min_object_area,
+            object_name=config.object_name,
+            channel_names=config.channel_names,
         )
         for name in config.datasets
     ]

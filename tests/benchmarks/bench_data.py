@@ -2,9 +2,9 @@
 
 python tests/benchmarks/bench_data.py [--num_images 8000] [--long 1000000] [--output JSON]
 The cells of VISBIO_DATA/pbc64 at 64 pixels, as npz, JPEG in parquet, image folder and shards; each side in a process
-of its own with two workers, batches of 64, flips and captions, one epoch from a cold start of the process. Then as many
-samples as --long from shards, in which memory must stay flat. torchvision is not needed here, so the peer's transforms
-are what it does: Pillow's resize and crop, a flip, and a tensor in [-1, 1].
+of its own with two workers, batches of 64, flips and captions: one epoch from a cold start of the process. Then as
+many samples as --long from shards, in which memory must stay flat. torchvision is not needed here, so the peer's
+transforms are what it does: Pillow's resize and crop, a flip, and a tensor in [-1, 1].
 """
 
 import argparse

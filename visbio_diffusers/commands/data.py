@@ -62,9 +62,22 @@ def _add_preview_arguments(parser: argparse.ArgumentParser) -> None:
     add("--caption-bank", help="describes the classes of a set that is not MedMNIST's")
     add("--slice-axis", type=int, choices=(0, 1, 2), help="across which volumes are cut; default: each of the three")
     add("--slices", type=positive, default=1, help="of a volume, for each axis; default: %(default)s")
+    _add_tile_arguments(parser)
     add("--text-encoder", default="visbio-blood-28", help="counts the tokens of captions; default: %(default)s")
     add("--output", type=Path, default=Path("preview.png"), help="the sheet; default: %(default)s")
     add("--json", type=Path, help="a file for all figures")
+
+
+def _add_tile_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("photographs in Cellpose's layout")
+    group.add_argument("--tile-size", type=positive, default=64, help="side of a tile; default: %(default)s")
+    group.add_argument("--tile-overlap", type=float, default=0.0, help="share of a tile; default: %(default)s")
+    group.add_argument("--min-object-area", type=float, default=0.01, help="share of a tile; default: %(default)s")
+    group.add_argument("--object-name", default="nucleus", help="what the masks show; default: %(default)s")
+    group.add_argument("--channel-names", nargs="+", default=[], help="default: as in the file")
+
+
+TILE_OPTIONS = "tile_size", "tile_overlap", "min_object_area", "object_name", "channel_names"
 
 
 def _add_shards_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +86,7 @@ def _add_shards_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, required=True, help="folder, with one in it for each split")
     add("--split", action="append", help="default: train; may be given several times")
     add("--resolution", type=positive, help="side in pixels; default: as they are")
-    add("--tile-size", type=positive, default=64, help="of photographs in Cellpose's layout; default: %(default)s")
+    _add_tile_arguments(parser)
     add("--caption-bank", help="describes the classes of a set that is not MedMNIST's")
     add("--caption-column", default="text", help="default: %(default)s")
     add("--format", choices=("png", "jpg", "original"), default="png", help="default: %(default)s")
@@ -110,7 +123,16 @@ def _list(args: argparse.Namespace) -> None:
 def _preview(args: argparse.Namespace) -> None:
     from visbio_diffusers.commands.preview import preview_lines
 
-    names = "image_column", "caption_column", "label_column", "caption_bank", "slice_axis", "slices", "resolution"
+    names = (
+        *TILE_OPTIONS,
+        "image_column",
+        "caption_column",
+        "label_column",
+        "caption_bank",
+        "slice_axis",
+        "slices",
+        "resolution",
+    )
     options = {name: getattr(args, name) for name in names}
     sheet = args.output, args.num_images, args.seed
     for line in preview_lines(args.dataset, args.split, *sheet, args.text_encoder, args.json, **options):
@@ -124,15 +146,10 @@ def _shards(args: argparse.Namespace) -> None:
     packing = Packing(
         image_format=args.format, quality=args.quality, samples_per_shard=args.samples_per_shard, source=args.dataset
     )
+    names = *TILE_OPTIONS, "resolution", "caption_bank", "caption_column"
+    options = {name: getattr(args, name) for name in names}
     for split in args.split or ["train"]:
-        dataset = load_image_dataset(
-            args.dataset,
-            split,
-            resolution=args.resolution,
-            tile_size=args.tile_size,
-            caption_bank=args.caption_bank,
-            caption_column=args.caption_column,
-        )
+        dataset = load_image_dataset(args.dataset, split, **options)
         folder = args.output / dataset.split
         manifest = pack_shards(dataset, folder, packing, args.num_workers)
         for reason in manifest["left_out"]:

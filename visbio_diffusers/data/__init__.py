@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,6 +51,10 @@ def load_image_dataset(
     slice_axis: int | None = None,
     slices: int = 1,
     bare: bool = False,
+    tile_overlap: float = 0.0,
+    min_object_area: float = 0.01,
+    object_name: str = "nucleus",
+    channel_names: Sequence[str] = (),
     cache_dir: str | Path | None = None,
     allow_pipe: bool = False,
 ) -> ImageDataset:
@@ -67,7 +72,8 @@ def load_image_dataset(
         caption_bank (`str`, *optional*): name or YAML file of the bank that describes the classes; default is the
             bank of the MedMNIST set, and none for other sets. Classes are matched by name where the set has names.
         max_samples (`int`, *optional*): keep this many images, drawn at random but always the same.
-        tile_size (`int`): side of the tiles, see `load_cellpose`.
+        tile_size, tile_overlap, min_object_area, object_name, channel_names: of photographs in Cellpose's layout, see
+            `load_cellpose`.
         slice_axis (`int`, *optional*), slices (`int`): what is cut from the volumes of MedMNIST's 3-D sets, by default
             the middle across each of the three axes, see `load_medmnist`.
         bare (`bool`): whether folders with neither captions nor classes are taken too, to be looked at.
@@ -91,7 +97,11 @@ def load_image_dataset(
     elif _is_medmnist(name):
         dataset = load_medmnist(name, split, cache_dir, slice_axis=slice_axis, slices=slices)
     elif is_cellpose(Path(name).expanduser()):
-        dataset = load_cellpose(name, split, tile_size, resolution)
+        dataset = load_cellpose(
+            name, split, tile_size, resolution,
+            tile_overlap=tile_overlap, min_object_area=min_object_area, object_name=object_name,
+            channel_names=channel_names,
+        )  # fmt: skip
     else:
         columns = image_column, caption_column, label_column
         dataset = load_folder(name, split, *columns, caption_bank is None, cache_dir, bare)

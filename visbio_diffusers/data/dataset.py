@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 
 logger = logging.getLogger(__name__)
@@ -41,10 +41,20 @@ def fit_image(image: np.ndarray | Image.Image, resolution: int | None = None, ch
         if (resolution is None or image.shape[:2] == (resolution, resolution)) and image.shape[2] in (1, channels):
             return image if image.shape[2] == channels else np.repeat(image, channels, axis=2)
         image = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-    image = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    mode = "RGB" if channels == 3 else "L"
+    image = image if image.mode == mode else image.convert(mode)  # which would copy it
     if resolution is not None and image.size != (resolution, resolution):
         image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
     return np.asarray(image).reshape(image.height, image.width, channels)
+
+
+def fit_mask(mask: np.ndarray, resolution: int) -> np.ndarray:
+    """Return instance masks, uint16 `(height, width)`, fitted as [`fit_image`] fits their image, by nearest pixels."""
+    if mask.shape == (resolution, resolution):
+        return mask
+    return np.asarray(ImageOps.fit(Image.fromarray(mask), (resolution, resolution), Image.Resampling.NEAREST))
 
 
 @dataclass
@@ -65,6 +75,8 @@ class ImageDataset:
         resolution (`int`, *optional*), channels (`int`): form of the images in the items, see `fit_image`.
         shard_starts (`np.ndarray` of shape `(shards,)`, int64, *optional*): first image of each of the files in which
             they lie; a training then goes through one file after the other.
+        masks (`np.ndarray` of shape `(n, height, width)`, uint16, or a sequence of such, *optional*): 0 is background,
+            1 to k the objects.
         kept (`tuple[np.ndarray, np.ndarray]`, *optional*): room for images once decoded, and which ones are.
     """
 
@@ -80,6 +92,7 @@ class ImageDataset:
     resolution: int | None = None
     channels: int = 3
     shard_starts: np.ndarray | None = None
+    masks: np.ndarray | Sequence[np.ndarray] | None = None
     kept: tuple[np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -87,16 +100,24 @@ class ImageDataset:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return `image` (uint8, height x width x channels), `label` (int, 0/1 vector, None), `subtype`, `caption`."""
+        """Return `image` (uint8, height x width x channels), `label` (int, 0/1 vector, None), `subtype`, `caption`.
+
+        Where masks are known, also `mask` (uint16, height x width).
+        """
         return {"image": self._image(index), **self.about(index)}
 
     def about(self, index: int) -> dict[str, Any]:
         """Return what is known of an image, without the image."""
         label = None if self.labels is None else self.labels[index]
+        known = {}
+        if self.masks is not None:
+            mask = self.masks[index]
+            known["mask"] = mask if self.resolution is None else fit_mask(mask, self.resolution)
         return {
             "label": int(label) if np.ndim(label) == 0 and label is not None else label,
             "subtype": None if self.subtypes is None else self.subtypes[index],
             "caption": None if self.captions is None else self.captions[index],
+            **known,
         }
 
     def select(self, indices: np.ndarray) -> ImageDataset:
@@ -109,6 +130,9 @@ class ImageDataset:
             captions=None if self.captions is None else [self.captions[i] for i in indices],
             subtypes=None if self.subtypes is None else [self.subtypes[i] for i in indices],
             shard_starts=None,
+            masks=self.masks[indices]
+            if isinstance(self.masks, np.ndarray)
+            else self.masks and self.masks.select(indices),
             kept=None,
         )
 
@@ -127,7 +151,10 @@ class ImageDataset:
             images = resized
         elif not in_memory and resolution is not None and len(self) * resolution**2 * channels <= KEEP_BYTES:
             kept = np.zeros((len(self), resolution, resolution, channels), np.uint8), np.zeros(len(self), bool)
-        return replace(self, images=images, resolution=resolution, channels=channels, kept=kept)
+        masks = self.masks
+        if isinstance(masks, np.ndarray) and resolution is not None:
+            masks = np.stack([fit_mask(mask, resolution) for mask in masks])
+        return replace(self, images=images, resolution=resolution, channels=channels, masks=masks, kept=kept)
 
     def _image(self, index: int) -> np.ndarray:
         if self.kept is None:

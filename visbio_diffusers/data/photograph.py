@@ -56,10 +56,10 @@ def read_photograph(path: str | Path) -> Image.Image:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: check the path")
     try:
-        if path.suffix.lower() in (".tif", ".tiff") and not _is_plain(path):
+        if path.suffix.lower() in (".tif", ".tiff") and not is_plain(path):
             return Image.fromarray(_to_rgb(_read_tiff(path)))
         with Image.open(path) as image:
-            if _is_cut(image):
+            if is_cut(image):
                 raise ValueError("a PNG of 16 bits in colour, of which Pillow reads 8: save it as TIFF")
             image.load()
             if image.mode.startswith("I") or image.mode == "F":
@@ -83,16 +83,16 @@ def to_eight_bits(image: Image.Image) -> Image.Image:
     return image
 
 
-def _is_plain(path: Path) -> bool:
+def is_plain(path: Path) -> bool:
     """Return whether a TIFF is a single picture of a kind that Pillow knows, compressed or not."""
     try:
         with Image.open(path) as image:
-            return getattr(image, "n_frames", 1) == 1 and not _is_cut(image)
+            return getattr(image, "n_frames", 1) == 1 and not is_cut(image)
     except (UnidentifiedImageError, SyntaxError, ValueError, KeyError):
         return False
 
 
-def _is_cut(image: Image.Image) -> bool:
+def is_cut(image: Image.Image) -> bool:
     """Return whether an image has 16 bits a colour, of which Pillow reads the upper eight."""
     return not image.mode.startswith("I") and any(";16" in str(tile[3]) for tile in image.tile)
 

@@ -108,7 +108,17 @@ def load_shards(
         bank=bank,
         licence=manifest.get("licence"),
         shard_starts=starts,
+        masks=_masks(table, tuple(shards), files, starts),
     )
+
+
+def _masks(
+    table: pyarrow.Table, shards: tuple[Shard, ...], files: RemoteFiles, starts: np.ndarray
+) -> ShardMasks | None:
+    if table["mask_offset"].null_count:
+        return None
+    places = table.select(["key", "mask_offset", "mask_size"]).rename_columns(["key", "offset", "size"])
+    return ShardMasks(shards, files, places, starts)
 
 
 def find_shards(name: str, split: str, files: RemoteFiles) -> tuple[list[Shard], dict[str, Any]]:
@@ -345,3 +355,22 @@ class ShardImages:
     def __getstate__(self) -> dict[str, Any]:
         """Leave open files behind."""
         return {**self.__dict__, "opened": {}}
+
+
+class ShardMasks(ShardImages):
+    """The masks of shards as a sequence of uint16 arrays."""
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Return the masks of one image, uint16 of shape `(height, width)`.
+
+        Raises:
+            UnreadableImage: if they cannot be read, or are no masks; names shard and sample.
+        """
+        try:
+            with Image.open(io.BytesIO(self.encoded(index))) as image:
+                values = np.asarray(image)
+        except UNREADABLE as error:
+            raise UnreadableImage(f"masks of {self.where(index)} ({error})") from error
+        if values.ndim != 2 or values.dtype.kind not in "iub":
+            raise UnreadableImage(f"masks of {self.where(index)} (mode {image.mode} instead of grey integers)")
+        return values.astype(np.uint16)
