@@ -39,6 +39,8 @@ class ImageSetsConfig(TrainConfig):
             "help": "channels of the photographs, e.g. cytoplasm nucleus; none is not shown; default as in the file"
         },
     )
+    streaming: bool = flag(False, "fetch parquet files and Hub sets file by file, for sets larger than the disk")
+    allow_pipe: bool = flag(False, "let shards be the output of a shell command: pipe:COMMAND")
     max_train_samples: int = flag(0, "use so many images of each set; 0 uses all")
     random_flip: Literal["none", "horizontal", "dihedral"] = flag(
         "none", "dihedral adds turns by 90 degrees: for images without an upright position"
@@ -82,6 +84,8 @@ def load_image_sets(config: ImageSetsConfig, channels: int, split: str = "train"
             min_object_area=config.min_object_area,
             object_name=config.object_name,
             channel_names=config.channel_names,
+            streaming=config.streaming,
+            allow_pipe=config.allow_pipe,
         )
         for name in config.datasets
     ]

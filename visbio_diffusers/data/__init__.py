@@ -18,6 +18,7 @@ from visbio_diffusers.data.pools import caption_pools
 from visbio_diffusers.data.preview import preview
 from visbio_diffusers.data.sampler import MixedSampler
 from visbio_diffusers.data.shards import is_shards, load_shards
+from visbio_diffusers.data.streamed import load_streamed
 
 
 __all__ = [
@@ -56,6 +57,7 @@ def load_image_dataset(
     object_name: str = "nucleus",
     channel_names: Sequence[str] = (),
     cache_dir: str | Path | None = None,
+    streaming: bool = False,
     allow_pipe: bool = False,
 ) -> ImageDataset:
     """Load one split of any image set: a MedMNIST flag, an npz, a folder, parquet, a Hub set, Cellpose, shards.
@@ -78,6 +80,7 @@ def load_image_dataset(
             the middle across each of the three axes, see `load_medmnist`.
         bare (`bool`): whether folders with neither captions nor classes are taken too, to be looked at.
         cache_dir (`str` or `Path`, *optional*): where downloads are kept.
+        streaming (`bool`): leave the images of parquet files and Hub sets where they are until they are needed.
         allow_pipe (`bool`): let the address of shards be `pipe:COMMAND`, which runs a shell.
 
     Raises:
@@ -90,10 +93,13 @@ def load_image_dataset(
         raise ValueError(f"channels={channels}: images have 1 (grey) or 3 (RGB)")
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples={max_samples}: keep at least 1, or leave it out to keep all")
+    cache = cache_folder(cache_dir)
     if is_shards(name):
-        cache = cache_folder(cache_dir)
         columns = caption_column, label_column, caption_bank is None
         dataset = load_shards(name, split, *columns, cache, allow_pipe, bare)
+    elif streaming:
+        columns = image_column, caption_column, label_column, caption_bank is None
+        dataset = load_streamed(name, split, *columns, cache, bare)
     elif _is_medmnist(name):
         dataset = load_medmnist(name, split, cache_dir, slice_axis=slice_axis, slices=slices)
     elif is_cellpose(Path(name).expanduser()):

@@ -6,13 +6,14 @@ import hashlib
 import logging
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from filelock import FileLock
 
 from visbio_diffusers.data.download import fetch
-from visbio_diffusers.files import digest, one_line
+from visbio_diffusers.files import PREFIX, digest, one_line, whole_file
 
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,30 @@ class RemoteFiles:
         os.utime(path)
         return path
 
+    def converted(self, url: str, suffix: str, convert: Callable[[Path, Path], None]) -> Path:
+        """Return a file that `convert(source, target)` has made of a file; a remote source is not kept beside it.
+
+        Raises:
+            OSError: as `local`, and if there is no such file here.
+        """
+        mark = url
+        if not is_remote(url):
+            status = Path(url).stat()
+            mark = f"{Path(url).resolve()} {status.st_size} {status.st_mtime_ns}"
+        path = self.folder / f"{hashlib.sha256(mark.encode()).hexdigest()[:16]}{suffix}"
+        if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{path}.lock"):
+                if not path.exists():
+                    source = self.local(url)
+                    with whole_file(path) as temporary:
+                        convert(source, temporary)
+                        self._make_room(temporary.stat().st_size)
+                    if is_remote(url):
+                        source.unlink(missing_ok=True)
+        os.utime(path)
+        return path
+
     def _bring(self, url: str, path: Path, sha256: str) -> None:
         part = Path(f"{path}.part")
         if url.startswith(PIPE):
@@ -76,7 +101,11 @@ class RemoteFiles:
 
     def _make_room(self, size: int) -> None:
         """Remove the files that were used longest ago; who has one open can still read it."""
-        kept = [path for path in self.folder.iterdir() if path.suffix not in (".lock", ".part")]
+        kept = [
+            path
+            for path in self.folder.iterdir()
+            if path.suffix not in (".lock", ".part") and not path.name.startswith(PREFIX)
+        ]
         kept.sort(key=lambda path: path.stat().st_mtime)
         total = sum(path.stat().st_size for path in kept) + size
         while kept and total > self.limit:

@@ -7,24 +7,20 @@ A set that `visbio data shards` has packed is a folder for each split, with `000
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from visbio_diffusers.data.dataset import ImageDataset, MissingSplitError, UnreadableImage
+from visbio_diffusers.data.dataset import ImageDataset, MissingSplitError
 from visbio_diffusers.data.medmnist import MEDMNIST
-from visbio_diffusers.data.photograph import UNREADABLE, to_eight_bits
 from visbio_diffusers.data.remote import PIPE, RemoteFiles, is_remote
+from visbio_diffusers.data.shard_images import Shard, ShardImages, ShardMasks, Texts
 from visbio_diffusers.data.webdataset import index_shard, read_index, write_index
 
 
@@ -32,18 +28,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 MANIFEST = "manifest.json"
-OPEN_FILES = 64
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One shard: the address of its tar file, that of its index if it has one, and what its manifest says."""
-
-    address: str
-    index: str = ""
-    num_bytes: int | None = None
-    sha256: str = ""
 
 
 def is_shards(name: str) -> bool:
@@ -85,9 +70,32 @@ def load_shards(
     """
     files = RemoteFiles(cache / "shards", allow_pipe)
     shards, manifest = find_shards(name, split, files)
+    tables = indices(shards, files, cache, caption_column, label_column)
+    return assemble(name, split, shards, tables, files, manifest, captions_needed, caption_column, bare)
+
+
+def indices(
+    shards: Sequence[Shard], files: RemoteFiles, cache: Path, caption_column: str, label_column: str
+) -> list[pyarrow.Table]:
+    """Return the indices of tar files, several of which are made at a time where they do not exist."""
     with ThreadPoolExecutor() as pool:
         tables = pool.map(lambda shard: _index(shard, files, cache, caption_column, label_column), shards)
-        tables = list(tqdm(tables, desc="reading indices", total=len(shards), disable=None))
+        return list(tqdm(tables, desc="reading indices", total=len(shards), disable=None))
+
+
+def assemble(
+    name: str,
+    split: str,
+    shards: Sequence[Shard],
+    tables: Sequence[pyarrow.Table],
+    files: RemoteFiles,
+    manifest: dict[str, Any],
+    captions_needed: bool,
+    caption_column: str,
+    bare: bool,
+    images: Callable[..., ShardImages] = ShardImages,
+) -> ImageDataset:
+    """Return the set of shards whose indices are `tables`; the other arguments as in `load_shards`."""
     import pyarrow
 
     table = pyarrow.concat_tables(tables)
@@ -100,16 +108,28 @@ def load_shards(
     return ImageDataset(
         name=manifest.get("name") or _plain_name(name),
         split=split,
-        images=ShardImages(tuple(shards), files, table.select(["key", "offset", "size"]), starts),
+        images=images(tuple(shards), files, table.select(["key", "offset", "size"]), starts),
         labels=labels,
         captions=captions,
-        subtypes=None if table["subtype"].null_count == len(table) else Texts(table["subtype"]),
+        subtypes=_subtypes(table, labels, class_names),
         class_names=class_names,
         bank=bank,
         licence=manifest.get("licence"),
         shard_starts=starts,
         masks=_masks(table, tuple(shards), files, starts),
     )
+
+
+def _subtypes(table: pyarrow.Table, labels: np.ndarray | None, class_names: tuple[str, ...] | None) -> Texts | None:
+    """Return the subtypes, without those that only repeat the class."""
+    import pyarrow
+    import pyarrow.compute as compute
+
+    column = table["subtype"]
+    if class_names is not None and labels is not None and labels.ndim == 1:
+        repeated = compute.equal(column, pyarrow.array(class_names).take(pyarrow.array(labels)))
+        column = compute.if_else(compute.fill_null(repeated, False), None, column)
+    return None if column.null_count == len(column) else Texts(column)
 
 
 def _masks(
@@ -129,9 +149,9 @@ def find_shards(name: str, split: str, files: RemoteFiles) -> tuple[list[Shard],
         address = _in_folder(Path(address).expanduser(), split)
     if address.endswith(f"/{MANIFEST}"):
         return _of_manifest(address, split, files)
-    addresses = [f"{PIPE}{each}" for each in _expand(address.removeprefix(PIPE))] if address.startswith(PIPE) else None
-    addresses = addresses or [each for pattern in _expand(address) for each in _glob(pattern)]
-    if split != "train" and "{split}" not in name and addresses == _expand(name):
+    addresses = [f"{PIPE}{each}" for each in expand(address.removeprefix(PIPE))] if address.startswith(PIPE) else None
+    addresses = addresses or [each for pattern in expand(address) for each in _glob(pattern)]
+    if split != "train" and "{split}" not in name and addresses == expand(name):
         raise MissingSplitError(
             f"{name} are the shards of one split: put {{split}} into the address to have {split!r} too"
         )
@@ -178,8 +198,8 @@ def _index_name(file: str) -> str:
     return file.removesuffix(".tar") + ".arrow"
 
 
-def _expand(pattern: str) -> list[str]:
-    """Replace `{000..123}` by each of these numbers."""
+def expand(pattern: str) -> list[str]:
+    """Return the addresses that a pattern means, in which `{000..123}` stands for each of these numbers."""
     match = _RANGE.search(pattern)
     if match is None:
         return [pattern]
@@ -187,7 +207,7 @@ def _expand(pattern: str) -> list[str]:
     numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     if not numbers:
         raise ValueError(f"{match[0]} in {pattern} names no shard: the first number is the smaller one")
-    return [each for number in numbers for each in _expand(pattern[: match.start()] + number + pattern[match.end() :])]
+    return [each for number in numbers for each in expand(pattern[: match.start()] + number + pattern[match.end() :])]
 
 
 def _glob(pattern: str) -> list[str]:
@@ -260,117 +280,3 @@ def _captions(
         f"{missing} of {len(table)} images have no caption, the first is {table['key'][row].as_py()} in {shard}: add "
         f"members .txt, or .json with {caption_column!r}, or choose with --caption_column"
     )
-
-
-@dataclass(frozen=True)
-class Texts(Sequence):
-    """A column of texts that stays on disk until it is looked at."""
-
-    column: pyarrow.ChunkedArray
-
-    def __len__(self) -> int:
-        """Return the number of texts."""
-        return len(self.column)
-
-    def __getitem__(self, index: int) -> str | None:
-        """Return one text."""
-        return self.column[int(index)].as_py()
-
-    def __iter__(self) -> Iterator[str | None]:
-        """Go through the texts, of one shard after the other."""
-        for chunk in self.column.chunks:
-            yield from chunk.to_pylist()
-
-
-@dataclass(frozen=True)
-class ShardImages:
-    """The images of shards as a sequence of PIL images, each read from its place in its file.
-
-    Args:
-        shards (`tuple[Shard, ...]`): the files.
-        files (`RemoteFiles`): brings remote ones.
-        index (`pyarrow.Table`): `key`, `offset` and `size` of every image.
-        starts (`np.ndarray` of shape `(shards,)`): first image of each shard.
-        rows (`np.ndarray` of shape `(n,)`, *optional*): of these images only.
-    """
-
-    shards: tuple[Shard, ...]
-    files: RemoteFiles
-    index: pyarrow.Table
-    starts: np.ndarray
-    rows: np.ndarray | None = None
-    opened: dict[int, io.BufferedReader] = field(default_factory=dict, compare=False)
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.index) if self.rows is None else len(self.rows)
-
-    def __getitem__(self, index: int) -> Image.Image:
-        """Return one decoded image of 8 bits.
-
-        Raises:
-            UnreadableImage: if it cannot be read; names shard and sample.
-            OSError: if its shard cannot be had.
-        """
-        data = self.encoded(index)
-        try:
-            return to_eight_bits(Image.open(io.BytesIO(data)))
-        except UNREADABLE as error:
-            reason = "no image format that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
-            raise UnreadableImage(f"{self.where(index)} ({reason})") from error
-
-    def encoded(self, index: int) -> bytes:
-        """Return the bytes of one image file."""
-        row = self._row(index)
-        shard = int(np.searchsorted(self.starts, row, side="right")) - 1
-        offset, size = self.index["offset"][row].as_py(), self.index["size"][row].as_py()
-        file = self._file(shard)
-        if hasattr(os, "pread"):  # leaves the position alone, which forked processes share
-            return os.pread(file.fileno(), size, offset)
-        file.seek(offset)
-        return file.read(size)
-
-    def where(self, index: int) -> str:
-        """Return the sample of an image and its shard."""
-        row = self._row(index)
-        shard = self.shards[int(np.searchsorted(self.starts, row, side="right")) - 1]
-        return f"sample {self.index['key'][row].as_py()} in {shard.address}"
-
-    def select(self, indices: np.ndarray) -> ShardImages:
-        """Return the images at `indices` (int array)."""
-        return replace(self, rows=np.asarray(indices) if self.rows is None else self.rows[indices])
-
-    def _row(self, index: int) -> int:
-        return int(index) if self.rows is None else int(self.rows[index])
-
-    def _file(self, shard: int) -> io.BufferedReader:
-        file = self.opened.get(shard)
-        if file is None:
-            path = self.files.local(self.shards[shard].address, self.shards[shard].sha256)
-            file = self.opened[shard] = path.open("rb")
-            for oldest in list(self.opened)[:-OPEN_FILES]:
-                self.opened.pop(oldest, None)  # closed once no thread reads it
-        return file
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave open files behind."""
-        return {**self.__dict__, "opened": {}}
-
-
-class ShardMasks(ShardImages):
-    """The masks of shards as a sequence of uint16 arrays."""
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Return the masks of one image, uint16 of shape `(height, width)`.
-
-        Raises:
-            UnreadableImage: if they cannot be read, or are no masks; names shard and sample.
-        """
-        try:
-            with Image.open(io.BytesIO(self.encoded(index))) as image:
-                values = np.asarray(image)
-        except UNREADABLE as error:
-            raise UnreadableImage(f"masks of {self.where(index)} ({error})") from error
-        if values.ndim != 2 or values.dtype.kind not in "iub":
-            raise UnreadableImage(f"masks of {self.where(index)} (mode {image.mode} instead of grey integers)")
-        return values.astype(np.uint16)
