@@ -46,7 +46,7 @@ class _Batches(torch.utils.data.Dataset):
         sizes = {image.shape[:2] for image in images}
         if len(sizes) > 1:
             raise ValueError(f"images of sizes {sorted(sizes)} do not fit into one batch: give a resolution")
-        images = flip_images(np.stack(images), np.array(orientations), self.random_flip)
+        images = flip_images(images, np.array(orientations), self.random_flip)
         pixel_values = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float()
         return {
             "pixel_values": pixel_values.div_(127.5).sub_(1.0),  # (batch, channels, height, width)
@@ -78,24 +78,21 @@ def _next_readable(dataset: ImageDataset, index: int, skipped: list[str]) -> tup
     raise ValueError(f"{MAX_SKIPPED} images in a row cannot be read, the last is {last}") from last
 
 
-def flip_images(images: np.ndarray, orientations: np.ndarray, random_flip: str) -> np.ndarray:
+def flip_images(images: Sequence[np.ndarray], orientations: np.ndarray, random_flip: str) -> np.ndarray:
     """Return each image in that of its orientations which `random_flip` allows.
 
     Args:
-        images (`np.ndarray` of shape `(batch, height, width, channels)`).
+        images (`Sequence[np.ndarray]`): each of shape `(height, width, channels)`.
         orientations (`np.ndarray` of shape `(batch,)`): 0 to 7; 0 leaves an image as it is.
         random_flip (`str`): "none", "horizontal" (left and right swapped where the orientation is odd), or "dihedral"
             (all eight: mirrored where it is odd, then turned by `orientation // 2` quarters; images must be square).
     """
     if random_flip == "none":
-        return images
-    flipped = images.copy()
-    flipped[orientations % 2 == 1] = images[orientations % 2 == 1, :, ::-1]
+        return np.stack(images)
+    flipped = [image[:, ::-1] if odd else image for image, odd in zip(images, orientations % 2)]
     if random_flip == "dihedral":
-        for quarters in (1, 2, 3):
-            turned = orientations // 2 == quarters
-            flipped[turned] = np.rot90(flipped[turned], quarters, axes=(1, 2))
-    return flipped
+        flipped = [np.rot90(image, quarters) for image, quarters in zip(flipped, orientations // 2)]
+    return np.stack(flipped)  # which is the only copy
 
 
 def training_batches(
