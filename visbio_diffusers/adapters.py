@@ -53,8 +53,10 @@ def add_adapter(pipe, config: AdapterConfig):
     """Freeze the UNet of a pipeline, give it an adapter in fp32, and return it.
 
     Raises:
-        ValueError: if it has no layers of the names asked for.
+        ValueError: if it has no layers of the names asked for, or is to be compiled.
     """
+    if config.compile:
+        raise ValueError("compile is not supported with an adapter: leave it out")
     unet = pipe.unet.requires_grad_(False).float()
     lora = LoraConfig(
         r=config.rank,
