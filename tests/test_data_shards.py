@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import tarfile
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
@@ -54,7 +56,7 @@ def png(value: int = 0) -> bytes:
 def write_tar(path: Path, members: dict[str, bytes]) -> Path:
     """Write a shard by hand, as another program would."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as file:
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, errors="surrogateescape") as file:
         for name, data in members.items():
             member = tarfile.TarInfo(name)
             member.size = len(data)
@@ -227,6 +229,12 @@ def test_an_image_that_cannot_be_read_is_left_out_counted_and_named(tmp_path, ca
 @pytest.mark.parametrize(
     ("members", "message"),
     [
+        ({"1.png": png(), "1.json": b'{"label": 2.5}'}, "1 has the label 2.5: it is a name, a number from 0, or"),
+        ({"1.png": png(), "1.json": b'{"label": true}'}, "1 has the label True"),
+        ({"1.png": png(), "1.json": b'{"label": [300]}'}, r"1 has the label \[300\]"),
+        ({"1.png": png(), "1.json": b'{"subtype": 3}'}, "1 has the subtype 3: it is a name"),
+        ({"1.png": png(), "1.json": b"[" * 200_000}, "1 has a .json that is no object"),
+        ({"Z\udce4hl.png": png()}, "the name .* is not UTF-8: rename the member"),
         ({"../../etc/1.png": png()}, r"member '\.\./\.\./etc/1\.png' leads out of the shard"),
         ({"/etc/1.png": png()}, "member '/etc/1.png' leads out of the shard"),
         ({"1.png": png(), "1.jpg": png()}, "1.jpg is a second image of one sample"),
@@ -283,7 +291,7 @@ def test_packed_folders_that_are_not_whole(tmp_path):
         load_image_dataset(str(tmp_path / "set"))
     manifest["shards"][0]["file"] = "../000000.tar"
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="names shards outside of its folder"):
+    with pytest.raises(ValueError, match="it names the file"):
         load_image_dataset(str(tmp_path / "set"))
 
 
@@ -301,16 +309,15 @@ def test_packing_goes_on_where_it_was_killed(tmp_path):
     running = subprocess.Popen(
         [sys.executable, "-c", code, str(folder), "2"], start_new_session=True, stderr=subprocess.DEVNULL
     )
-    while len(list(folder.glob("*.tar"))) < 2:
+    manifest = folder / "manifest.json"
+    while not manifest.exists() or len(json.loads(manifest.read_text())["shards"]) < 2:
         assert running.poll() is None
         time.sleep(0.005)
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
-    entries = (
-        json.loads((folder / "manifest.json").read_text())["shards"] if (folder / "manifest.json").exists() else []
-    )
+    entries = json.loads(manifest.read_text())["shards"]
     stamps = {entry["file"]: (folder / entry["file"]).stat().st_mtime_ns for entry in entries}
-    assert len(stamps) < 6, "the kill came too late to test anything"
+    assert 2 <= len(stamps) < 6, "the kill came too late to test anything"
     for name in ("killed", "straight"):
         subprocess.run([sys.executable, "-c", code, str(tmp_path / name), "1"], check=True, stderr=subprocess.DEVNULL)
     assert {name: (folder / name).stat().st_mtime_ns for name in stamps} == stamps
@@ -373,6 +380,109 @@ def test_remote_shards_without_a_manifest(tmp_path, server):
     assert len(asked) == count  # all of it is here
     with pytest.raises(ValueError, match="put {split} into the address"):
         load_image_dataset(f"{address}/c-{{0..2}}.tar", "val")
+
+
+def test_a_set_packed_again_is_not_mixed_with_what_is_kept_of_it(tmp_path, server):
+    address, _ = server
+    folder, other = tmp_path / "served" / "train", make_set(20)
+    pack_shards(make_set(20), folder, Packing(samples_per_shard=10), 1)
+    first = load_image_dataset(f"{address}/train/manifest.json")
+    assert np.array_equal(first[0]["image"], rows_of(make_set(20))[first.captions[0]]["image"])
+    shutil.rmtree(folder)
+    other = replace(other, images=other.images[::-1].copy(), captions=[f"new {row}" for row in range(20)])
+    pack_shards(other, folder, Packing(samples_per_shard=10), 1)
+    second = load_image_dataset(f"{address}/train/manifest.json")
+    expected = rows_of(other)
+    assert all(np.array_equal(second[row]["image"], expected[second.captions[row]]["image"]) for row in range(20))
+
+
+def test_a_manifest_leads_to_no_shell_and_to_no_file_elsewhere(tmp_path):
+    pack_shards(make_set(4), tmp_path / "m", Packing(), 1)
+    manifest = json.loads((tmp_path / "m" / "manifest.json").read_text())
+    with pytest.raises(ValueError, match="would be read through a shell, and what it names too"):
+        load_image_dataset(f"pipe:cat {tmp_path}/m/manifest.json", allow_pipe=True)
+    (tmp_path / "m" / "manifest.json").write_text(json.dumps({**manifest, "bank": "/etc/passwd.yaml"}))
+    assert load_image_dataset(str(tmp_path / "m" / "manifest.json")).bank is None
+    for wrong in ({**manifest, "split": None}, {"shards": 3}, {**manifest, "shards": [{"file": "x;touch y;.tar"}]}):
+        (tmp_path / "m" / "manifest.json").write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match="no manifest of shards|has no split"):
+            load_image_dataset(str(tmp_path / "m" / "manifest.json"))
+
+
+def test_no_other_split_is_taken_for_the_one_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("cells-train-0", "cells-val-0"):
+        write_tar(tmp_path / "flat" / f"{name}.tar", {"1.png": png(), "1.txt": name.encode()})
+    assert list(load_image_dataset("flat").captions) == ["cells-train-0"]
+    assert list(load_image_dataset("flat", "validation").captions) == ["cells-val-0"]
+    with pytest.raises(ValueError, match="has no split 'test'"):
+        load_image_dataset("flat", "test")
+    for name in ("flat/*.tar", "./flat/cells-train-0.tar", str(tmp_path / "flat" / "cells-train-{0..0}.tar")):
+        with pytest.raises(ValueError, match="put {split} into the address to have 'val' too"):
+            load_image_dataset(name, "val")
+    assert list(load_image_dataset("flat/cells-{split}-0.tar", "val").captions) == ["cells-val-0"]
+    pack_shards(replace(make_set(4), split="validation"), tmp_path / "v" / "validation", Packing(), 1)
+    for split in ("val", "validation"):
+        assert len(load_image_dataset("v", split)) == len(load_image_dataset("v/{split}/manifest.json", split)) == 4
+
+
+def test_folders_that_only_look_like_shards(tmp_path):
+    folder = tmp_path / "images" / "train"
+    folder.mkdir(parents=True)
+    (folder / "1.png").write_bytes(png())
+    (folder / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "a cell"}')
+    (tmp_path / "images" / "manifest.json").write_text("{}")
+    write_tar(folder / "raw.tar", {"notes.txt": b"kept beside"})
+    assert load_image_dataset(str(tmp_path / "images"), cache_dir=tmp_path / "hf").captions == ["a cell"]
+
+
+def test_what_a_packing_was_made_of_is_known(tmp_path):
+    pack_shards(make_set(10), tmp_path / "p", Packing(), 1)
+    changed = replace(make_set(10), captions=[f"another {row}" for row in range(10)])
+    with pytest.raises(ValueError, match="was packed from another set or with other settings: choose another folder"):
+        pack_shards(changed, tmp_path / "p", Packing(), 1)
+
+
+def test_files_that_cannot_be_packed_are_named(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for row in range(5):
+        (folder / f"{row}.png").write_bytes(png(row))
+    Image.new("RGB", (8, 8)).save(folder / "5.jp2")
+    whole = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(whole, "PNG")
+    (folder / "6.png").write_bytes(whole.getvalue()[:5000])
+    lines = [json.dumps({"file_name": path.name, "text": path.stem}) for path in sorted(folder.iterdir())]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    images = load_image_dataset(str(folder), cache_dir=tmp_path / "hf")
+    manifest = pack_shards(images, tmp_path / "p", Packing(samples_per_shard=1, image_format="original"), 1)
+    left_out = sum((entry["left_out"] for entry in manifest["shards"]), [])
+    assert manifest["num_samples"] == 6 and len(left_out) == 1 and "6.png" in left_out[0]
+    assert sorted(load_image_dataset(str(tmp_path / "p")).captions) == list("012345")
+
+
+def test_a_small_cache_that_readers_share(tmp_path, server, monkeypatch):
+    address, _ = server
+    pack_shards(make_set(60), tmp_path / "served" / "train", Packing(samples_per_shard=5), 2)
+    size = (tmp_path / "served" / "train" / "000000.tar").stat().st_size
+    monkeypatch.setenv("VISBIO_CACHE_GB", str(3 * size / 2**30))
+    sets = [load_image_dataset(f"{address}/train/manifest.json") for _ in range(3)]
+    failed = []
+
+    def read(dataset, seed):
+        try:
+            for row in np.random.default_rng(seed).permutation(60):
+                assert dataset[int(row)]["caption"] in make_set(60).captions
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=read, args=(dataset, seed)) for seed, dataset in enumerate(sets)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert not failed
+    monkeypatch.setenv("VISBIO_CACHE_GB", "50GB")
+    with pytest.raises(ValueError, match="VISBIO_CACHE_GB=50GB is no number of gigabytes"):
+        load_image_dataset(f"{address}/train/manifest.json")
 
 
 def test_a_shell_runs_only_where_it_is_allowed(tmp_path):

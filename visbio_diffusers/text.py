@@ -100,8 +100,8 @@ class EmbeddingCache:
         self.row = {caption: row for row, caption in enumerate(ordered)}
         if len(self.row) != len(captions):
             raise ValueError("the captions of an EmbeddingCache must be distinct")
-        stem = f"embeddings-{_fingerprint(captions, text_encoder, tokenizer)}"
         self.part_size = max(1, PART // batch_size) * batch_size
+        stem = f"embeddings-{_fingerprint(captions, text_encoder, tokenizer)}-{self.part_size}"
         parts = range(-(-len(ordered) // self.part_size))
         self.paths = [Path(folder, f"{stem}-{part:05d}.safetensors") for part in parts]
         for part in parts[rank::world_size]:

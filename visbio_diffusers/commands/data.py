@@ -53,31 +53,38 @@ def _add_preview_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("dataset", help="a MedMNIST flag (downloaded on first use), an npz, a folder, a parquet file, a Hub set")
     add("--split", default="train", help="default: %(default)s; the others are searched for duplicates too")
-    add("--resolution", type=positive, help="side in pixels; default: as they are")
     add("--num-images", type=positive, default=32, help="images on the sheet; default: %(default)s")
     add("--seed", type=seed_number, default=0, help="of the choice and the captions; default: %(default)s")
-    add("--image-column", default="image", help="default: %(default)s")
-    add("--caption-column", default="text", help="default: %(default)s")
-    add("--label-column", default="label", help="default: %(default)s")
-    add("--caption-bank", help="describes the classes of a set that is not MedMNIST's")
-    add("--slice-axis", type=int, choices=(0, 1, 2), help="across which volumes are cut; default: each of the three")
-    add("--slices", type=positive, default=1, help="of a volume, for each axis; default: %(default)s")
-    _add_tile_arguments(parser)
+    _add_set_arguments(parser)
     add("--text-encoder", default="visbio-blood-28", help="counts the tokens of captions; default: %(default)s")
     add("--output", type=Path, default=Path("preview.png"), help="the sheet; default: %(default)s")
     add("--json", type=Path, help="a file for all figures")
 
 
-def _add_tile_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("photographs in Cellpose's layout")
-    group.add_argument("--tile-size", type=positive, default=64, help="side of a tile; default: %(default)s")
-    group.add_argument("--tile-overlap", type=float, default=0.0, help="share of a tile; default: %(default)s")
-    group.add_argument("--min-object-area", type=float, default=0.01, help="share of a tile; default: %(default)s")
-    group.add_argument("--object-name", default="nucleus", help="what the masks show; default: %(default)s")
-    group.add_argument("--channel-names", nargs="+", default=[], help="default: as in the file")
+SET_OPTIONS = (
+    *("image_column", "caption_column", "label_column", "caption_bank", "slice_axis", "slices", "streaming"),
+    *("allow_pipe", "tile_size", "tile_overlap", "min_object_area", "object_name", "channel_names", "resolution"),
+)
 
 
-TILE_OPTIONS = "tile_size", "tile_overlap", "min_object_area", "object_name", "channel_names"
+def _add_set_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says how a set is read; all but the set and its split are in SET_OPTIONS."""
+    add = parser.add_argument_group("how the set is read").add_argument
+    add("--resolution", type=positive, help="side in pixels; default: as they are")
+    add("--image-column", default="image", help="default: %(default)s")
+    add("--caption-column", default="text", help="default: %(default)s")
+    add("--label-column", default="label", help="default: %(default)s")
+    add("--caption-bank", help="describes the classes of a set that is not MedMNIST's")
+    add("--streaming", action="store_true", help="fetch parquet files and Hub sets file by file")
+    add("--allow-pipe", action="store_true", help="let shards be the output of a shell command, pipe:COMMAND")
+    add("--slice-axis", type=int, choices=(0, 1, 2), help="across which volumes are cut; default: each of the three")
+    add("--slices", type=positive, default=1, help="of a volume, for each axis; default: %(default)s")
+    add = parser.add_argument_group("photographs in Cellpose's layout").add_argument
+    add("--tile-size", type=positive, default=64, help="side of a tile; default: %(default)s")
+    add("--tile-overlap", type=float, default=0.0, help="share of a tile; default: %(default)s")
+    add("--min-object-area", type=float, default=0.01, help="share of a tile; default: %(default)s")
+    add("--object-name", default="nucleus", help="what the masks show; default: %(default)s")
+    add("--channel-names", nargs="+", default=[], help="default: as in the file")
 
 
 def _add_shards_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,10 +92,7 @@ def _add_shards_arguments(parser: argparse.ArgumentParser) -> None:
     add("dataset", help="a MedMNIST flag, an npz, a folder, a Hub set, shards")
     add("--output", type=Path, required=True, help="folder, with one in it for each split")
     add("--split", action="append", help="default: train; may be given several times")
-    add("--resolution", type=positive, help="side in pixels; default: as they are")
-    _add_tile_arguments(parser)
-    add("--caption-bank", help="describes the classes of a set that is not MedMNIST's")
-    add("--caption-column", default="text", help="default: %(default)s")
+    _add_set_arguments(parser)
     add("--format", choices=("png", "jpg", "original"), default="png", help="default: %(default)s")
     add("--quality", type=positive, default=95, help="of JPEG; default: %(default)s")
     add("--samples-per-shard", type=positive, default=4096, help="default: %(default)s")
@@ -123,17 +127,7 @@ def _list(args: argparse.Namespace) -> None:
 def _preview(args: argparse.Namespace) -> None:
     from visbio_diffusers.commands.preview import preview_lines
 
-    names = (
-        *TILE_OPTIONS,
-        "image_column",
-        "caption_column",
-        "label_column",
-        "caption_bank",
-        "slice_axis",
-        "slices",
-        "resolution",
-    )
-    options = {name: getattr(args, name) for name in names}
+    options = {name: getattr(args, name) for name in SET_OPTIONS}
     sheet = args.output, args.num_images, args.seed
     for line in preview_lines(args.dataset, args.split, *sheet, args.text_encoder, args.json, **options):
         say(line)
@@ -143,16 +137,19 @@ def _shards(args: argparse.Namespace) -> None:
     from visbio_diffusers.data import load_image_dataset
     from visbio_diffusers.data.pack import Packing, pack_shards
 
+    options = {name: getattr(args, name) for name in SET_OPTIONS}
     packing = Packing(
-        image_format=args.format, quality=args.quality, samples_per_shard=args.samples_per_shard, source=args.dataset
+        image_format=args.format,
+        quality=args.quality,
+        samples_per_shard=args.samples_per_shard,
+        source=args.dataset,
+        options=options,
     )
-    names = *TILE_OPTIONS, "resolution", "caption_bank", "caption_column"
-    options = {name: getattr(args, name) for name in names}
     for split in args.split or ["train"]:
         dataset = load_image_dataset(args.dataset, split, **options)
-        folder = args.output / dataset.split
+        folder = args.output / {"validation": "val"}.get(dataset.split, dataset.split)
         manifest = pack_shards(dataset, folder, packing, args.num_workers)
-        for reason in manifest["left_out"]:
+        for reason in (reason for shard in manifest["shards"] for reason in shard["left_out"]):
             say(f"left out: {reason}")
         say(f"{manifest['num_samples']} images in {len(manifest['shards'])} shards: {folder}")
 

@@ -57,7 +57,7 @@ def download_file(url: str, path: str | Path, md5: str) -> Path:
     return path
 
 
-def fetch(url: str, part: Path, show: bool = True) -> None:
+def fetch(url: str, part: Path, show: bool = True, attempts: int = ATTEMPTS) -> None:
     """Append the missing bytes of a file to `part`, reconnecting as long as each connection brings some.
 
     Raises:
@@ -79,7 +79,7 @@ def fetch(url: str, part: Path, show: bool = True) -> None:
             logger.debug("%s", error)
         size = part.stat().st_size if part.exists() else 0
         failures = 0 if size > size_before else failures + 1
-        if failures == ATTEMPTS:
+        if failures == attempts:
             raise OSError(
                 f"cannot download {url} ({reason}): run the same command to continue after {size} bytes of {part},"
                 f" or put the file at {part.with_suffix('')} yourself"

@@ -6,12 +6,15 @@ on where it stopped. The same set and settings give the same bytes.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
+import shutil
 import tarfile
+import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +27,7 @@ from visbio_diffusers.captions import CaptionBank, available_banks, load_bank
 from visbio_diffusers.data.dataset import ImageDataset
 from visbio_diffusers.data.pools import plain_caption
 from visbio_diffusers.data.shards import MANIFEST
-from visbio_diffusers.data.webdataset import index_shard, write_index
+from visbio_diffusers.data.webdataset import IMAGES, index_shard, write_index
 from visbio_diffusers.files import PREFIX, digest, whole_file
 
 
@@ -39,13 +42,14 @@ class Packing:
         image_format (`str`): "png", "jpg", or "original" for the files of the set as they are.
         quality (`int`): of JPEG, 1 to 100; colours are not subsampled.
         samples_per_shard (`int`): images in each shard but the last.
-        source (`str`): what was packed, as it would be loaded again.
+        source (`str`), options (`dict`): what was packed, as it would be loaded again.
     """
 
     image_format: Literal["png", "jpg", "original"] = "png"
     quality: int = 95
     samples_per_shard: int = 4096
     source: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def pack_shards(dataset: ImageDataset, folder: str | Path, packing: Packing, num_workers: int = 1) -> dict[str, Any]:
@@ -58,13 +62,13 @@ def pack_shards(dataset: ImageDataset, folder: str | Path, packing: Packing, num
         num_workers (`int`): shards that are written at a time, by threads.
 
     Returns:
-        what `manifest.json` holds: `name`, `split`, `licence`, `class_names`, `bank`, `num_samples`, `left_out` (what
-        cannot be read, and why), `packing`, and of each of the `shards` its `file`, `num_samples`, `num_bytes` and
-        `sha256`.
+        what `manifest.json` holds: `name`, `split`, `licence`, `class_names`, `bank`, `num_samples`, `packing`, and of
+        each of the `shards` its `file`, `num_samples`, `num_bytes`, `sha256`, `index_sha256` and `left_out` (what
+        cannot be read, and why).
 
     Raises:
-        ValueError: for a folder that was packed with other settings or is being packed, and for a set without files
-            of its own where "original" is asked for.
+        ValueError: for a folder that was packed from another set, with other settings, or is being packed, for a set
+            without files of its own where "original" is asked for, and if no image can be read.
         OSError: if the folder cannot be written.
     """
     folder = Path(folder)
@@ -80,7 +84,7 @@ def pack_shards(dataset: ImageDataset, folder: str | Path, packing: Packing, num
 
 def _pack(dataset: ImageDataset, folder: Path, packing: Packing, num_workers: int) -> dict[str, Any]:
     for leftover in folder.glob(f"{PREFIX}*"):
-        leftover.unlink()
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     manifest = _begin(dataset, folder / MANIFEST, packing)
     order = np.random.default_rng(0).permutation(len(dataset))
     size = packing.samples_per_shard
@@ -97,14 +101,16 @@ def _pack(dataset: ImageDataset, folder: Path, packing: Packing, num_workers: in
         ]
         try:
             for task in as_completed(tasks):
-                entry, left_out = task.result()
-                manifest["left_out"] += left_out
-                manifest["shards"] = sorted([*manifest["shards"], entry], key=lambda each: each["file"])
+                manifest["shards"] = sorted([*manifest["shards"], task.result()], key=lambda each: each["file"])
                 _save(manifest, folder / MANIFEST)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     manifest["num_samples"] = sum(entry["num_samples"] for entry in manifest["shards"])
+    if not manifest["num_samples"]:
+        raise ValueError(
+            f"no image of {dataset.name} can be read, the first is {manifest['shards'][0]['left_out'][0]}"
+        )
     _save({**manifest, "complete": True}, folder / MANIFEST)
     return {**manifest, "complete": True}
 
@@ -114,13 +120,17 @@ def _begin(dataset: ImageDataset, path: Path, packing: Packing) -> dict[str, Any
     shipped = dataset.bank is not None and dataset.bank in available_banks()
     manifest = {
         "name": dataset.name,
-        "split": dataset.split,
+        "split": {"validation": "val"}.get(dataset.split, dataset.split),
         "licence": dataset.licence,
         "class_names": None if dataset.class_names is None else list(dataset.class_names),
         "bank": dataset.bank if shipped else None,
-        "packing": {**asdict(packing), "images": len(dataset), "resolution": dataset.resolution},
+        "packing": {
+            **asdict(packing),
+            "images": len(dataset),
+            "resolution": dataset.resolution,
+            "said": _said(dataset),
+        },
         "complete": False,
-        "left_out": [],
         "shards": [],
     }
     if not path.exists():
@@ -128,7 +138,7 @@ def _begin(dataset: ImageDataset, path: Path, packing: Packing) -> dict[str, Any
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         same = all(found[name] == manifest[name] for name in ("name", "split", "class_names", "bank", "packing"))
-        whole = [entry for entry in found["shards"] if _is_whole(path.with_name(entry["file"]), entry["num_bytes"])]
+        whole = [entry for entry in found["shards"] if _is_whole(path.with_name(entry["file"]), entry)]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: delete its folder and pack again") from error
     if not same:
@@ -136,8 +146,20 @@ def _begin(dataset: ImageDataset, path: Path, packing: Packing) -> dict[str, Any
     return {**found, "complete": False, "shards": whole}
 
 
-def _is_whole(path: Path, num_bytes: int) -> bool:
-    return path.exists() and path.stat().st_size == num_bytes and path.with_suffix(".arrow").exists()
+def _said(dataset: ImageDataset) -> str:
+    """Return a digest of all labels, subtypes and captions, and of the words of a bank."""
+    found = hashlib.sha256(repr(None if dataset.bank is None else load_bank(dataset.bank)).encode())
+    for column in (dataset.labels, dataset.subtypes, dataset.captions):
+        found.update(column.tobytes() if isinstance(column, np.ndarray) else b"|")
+        for text in column if column is not None and not isinstance(column, np.ndarray) else ():
+            found.update(f"{text}\n".encode())
+    return found.hexdigest()[:16]
+
+
+def _is_whole(path: Path, entry: dict[str, Any]) -> bool:
+    if not entry["num_samples"]:
+        return True
+    return path.exists() and path.stat().st_size == entry["num_bytes"] and path.with_suffix(".arrow").exists()
 
 
 def _save(manifest: dict[str, Any], path: Path) -> None:
@@ -151,26 +173,33 @@ def _file_name(number: int) -> str:
 
 def _write_shard(
     dataset: ImageDataset, bank: CaptionBank | None, rows: np.ndarray, packing: Packing, path: Path, bar: tqdm
-) -> tuple[dict[str, Any], list[str]]:
-    """Write one shard and its index; return its entry in the manifest, and what was left out."""
-    left_out: list[str] = []
-    with whole_file(path) as temporary:
-        with tarfile.open(temporary, "w") as file:
+) -> dict[str, Any]:
+    """Write one shard and its index, unless none of its images can be read; return its entry in the manifest."""
+    entry: dict[str, Any] = {"file": path.name, "num_samples": 0, "num_bytes": 0, "sha256": "", "left_out": []}
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=PREFIX) as folder:
+        shard = Path(folder, path.name)
+        with tarfile.open(shard, "w") as file:
             for row in rows.tolist():
                 bar.update()
                 try:
                     members = _members(dataset, bank, row, packing)
                 except ValueError as error:
-                    left_out.append(str(error))
+                    entry["left_out"].append(str(error))
                     continue
                 for suffix, data in members.items():
                     member = tarfile.TarInfo(f"{row:09d}.{suffix}")
                     member.size = len(data)
                     file.addfile(member, io.BytesIO(data))
-        table = index_shard(temporary, "text", "label")
-    write_index(table, path.with_suffix(".arrow"))
-    entry = {"file": path.name, "num_samples": len(table), "num_bytes": path.stat().st_size, "sha256": digest(path)}
-    return entry, left_out
+        if len(entry["left_out"]) == len(rows):
+            return entry
+        table = index_shard(shard, "text", "label")
+        assert len(table) == len(rows) - len(entry["left_out"]), "each sample is in the index"
+        index = path.with_suffix(".arrow")
+        write_index(table, index)
+        entry |= {"num_samples": len(table), "num_bytes": shard.stat().st_size, "sha256": digest(shard)}
+        with whole_file(path) as temporary:
+            shard.rename(temporary)
+    return {**entry, "index_sha256": digest(index)}
 
 
 def _members(dataset: ImageDataset, bank: CaptionBank | None, row: int, packing: Packing) -> dict[str, bytes]:
@@ -200,7 +229,10 @@ def _image(dataset: ImageDataset, row: int, item: dict[str, Any], packing: Packi
         data = dataset.images.encoded(row)
         dataset.images[row]  # one that cannot be read is left out
         with Image.open(io.BytesIO(data)) as image:
-            return image.format.lower().replace("jpeg", "jpg"), data
+            suffix = {"jpeg": "jpg", "jpeg2000": "jp2", "tiff": "tif"}.get(image.format.lower(), image.format.lower())
+        if suffix not in IMAGES:
+            raise ValueError(f"image {row} is of the format {suffix}, which shards do not hold: choose png or jpg")
+        return suffix, data
     pixels = item["image"]
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     if packing.image_format == "png":

@@ -19,7 +19,7 @@ from visbio_diffusers.data.remote import RemoteFiles
 if TYPE_CHECKING:
     import pyarrow
 
-OPEN_FILES = 64
+OPEN_FILES = 256
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Shard:
     index: str = ""
     num_bytes: int | None = None
     sha256: str = ""
+    index_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,13 +120,18 @@ class ShardImages:
     def _file(self, shard: int) -> Any:
         file = self.opened.get(shard)
         if file is None:
+            for number, other in list(self.opened.items()):
+                if len(self.opened) >= OPEN_FILES or self._is_removed(other):
+                    self.opened.pop(number, None)  # closed once no thread reads it
             file = self.opened[shard] = self._open(shard)
-            for oldest in list(self.opened)[:-OPEN_FILES]:
-                self.opened.pop(oldest, None)  # closed once no thread reads it
         return file
 
+    def _is_removed(self, file: Any) -> bool:
+        """Return whether the file has been removed to make room, which it takes until it is closed."""
+        return os.fstat(file.fileno()).st_nlink == 0
+
     def _open(self, shard: int) -> io.BufferedReader:
-        return self.files.local(self.shards[shard].address, self.shards[shard].sha256).open("rb")
+        return self.files.use(self.shards[shard].address, lambda path: path.open("rb"), self.shards[shard].sha256)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave open files behind."""

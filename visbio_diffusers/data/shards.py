@@ -8,37 +8,57 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from visbio_diffusers.captions import available_banks
 from visbio_diffusers.data.dataset import ImageDataset, MissingSplitError
 from visbio_diffusers.data.medmnist import MEDMNIST
-from visbio_diffusers.data.remote import PIPE, RemoteFiles, is_remote
+from visbio_diffusers.data.photograph import SUFFIXES
+from visbio_diffusers.data.remote import LIMIT_VARIABLE, PIPE, RemoteFiles, is_remote
+from visbio_diffusers.data.sampler import LANES, WINDOW
 from visbio_diffusers.data.shard_images import Shard, ShardImages, ShardMasks, Texts
-from visbio_diffusers.data.webdataset import index_shard, read_index, write_index
+from visbio_diffusers.data.webdataset import TEXT_COLUMNS, index_shard, read_index, write_index
 
 
 if TYPE_CHECKING:
     import pyarrow
 
+logger = logging.getLogger(__name__)
+
 MANIFEST = "manifest.json"
+ALIASES = {"val": ("validation",), "validation": ("val",)}
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_FILE = re.compile(r"\w[\w.-]*\.tar")
 
 
 def is_shards(name: str) -> bool:
     """Return whether a name means shards: an address of tar files or of a manifest, or a folder that holds such."""
-    if name.startswith(PIPE) or name.endswith((".tar", f"/{MANIFEST}")):
+    place = urlsplit(name).path if is_remote(name) else name
+    if name.startswith(PIPE) or place.endswith(".tar") or Path(place).name == MANIFEST:
         return True
     folder = Path(name).expanduser()
     if name.partition("_")[0] in MEDMNIST or not folder.is_dir():
         return False
-    return any(next(folder.glob(pattern), None) for pattern in ("*.tar", "*/*.tar", MANIFEST))
+    return any(map(_holds_shards, [folder, *(inner for inner in folder.iterdir() if inner.is_dir())]))
+
+
+def _holds_shards(folder: Path) -> bool:
+    """Return whether a folder has a manifest of ours, or tar files and no images or parquet files beside them."""
+    manifest = folder / MANIFEST
+    if manifest.exists() and '"shards"' in manifest.read_text(encoding="utf-8", errors="replace"):
+        return True
+    if next(folder.glob("*.tar"), None) is None:
+        return False
+    return not any(path.suffix.lower() in (*SUFFIXES, ".parquet") for path in folder.iterdir())
 
 
 def load_shards(
@@ -70,6 +90,7 @@ def load_shards(
     """
     files = RemoteFiles(cache / "shards", allow_pipe)
     shards, manifest = find_shards(name, split, files)
+    _check_room(shards, manifest, files)
     tables = indices(shards, files, cache, caption_column, label_column)
     return assemble(name, split, shards, tables, files, manifest, captions_needed, caption_column, bare)
 
@@ -104,7 +125,13 @@ def assemble(
     bank = manifest.get("bank")
     captions = None
     if captions_needed and bank is None:
-        captions = _captions(table, shards, starts, caption_column, optional=bare or class_names is not None)
+        captions = _captions(
+            table,
+            shards,
+            starts,
+            caption_column,
+            optional=bare or (class_names is not None and caption_column == TEXT_COLUMNS[0]),
+        )
     return ImageDataset(
         name=manifest.get("name") or _plain_name(name),
         split=split,
@@ -143,59 +170,88 @@ def _masks(
 
 def find_shards(name: str, split: str, files: RemoteFiles) -> tuple[list[Shard], dict[str, Any]]:
     """Return the shards of a split, and their manifest, which is empty for shards of other origin."""
-    split = "val" if split == "validation" else split
-    address = name.replace("{split}", split)
-    if not is_remote(address) and Path(address).expanduser().is_dir():
-        address = _in_folder(Path(address).expanduser(), split)
-    if address.endswith(f"/{MANIFEST}"):
-        return _of_manifest(address, split, files)
-    addresses = [f"{PIPE}{each}" for each in expand(address.removeprefix(PIPE))] if address.startswith(PIPE) else None
-    addresses = addresses or [each for pattern in expand(address) for each in _glob(pattern)]
-    if split != "train" and "{split}" not in name and addresses == expand(name):
+    splits = [split, *ALIASES.get(split, ())]
+    if not is_remote(name) and Path(name).expanduser().is_dir():
+        return _of_address(_in_folder(Path(name).expanduser(), splits), splits, files)
+    if "{split}" in name:
+        for each in splits[:-1]:
+            try:
+                return _of_address(name.replace("{split}", each), splits, files)
+            except OSError:
+                continue
+        return _of_address(name.replace("{split}", splits[-1]), splits, files)
+    if split != "train" and not name.endswith(MANIFEST):
         raise MissingSplitError(
             f"{name} are the shards of one split: put {{split}} into the address to have {split!r} too"
         )
-    return [Shard(each) for each in addresses], {}
+    return _of_address(name, splits, files)
 
 
-def _in_folder(folder: Path, split: str) -> str:
+def _of_address(address: str, splits: Sequence[str], files: RemoteFiles) -> tuple[list[Shard], dict[str, Any]]:
+    if Path(urlsplit(address).path).name == MANIFEST:
+        return _of_manifest(address, splits, files)
+    if address.startswith(PIPE):
+        return [Shard(f"{PIPE}{each}") for each in expand(address.removeprefix(PIPE))], {}
+    return [Shard(each) for pattern in expand(address) for each in _glob(pattern)], {}
+
+
+def _in_folder(folder: Path, splits: Sequence[str]) -> str:
     """Return the address of a split in a folder: a manifest, or a pattern of tar files."""
-    for place in (folder / split, folder):
-        if (place / MANIFEST).exists():
-            return str(place / MANIFEST)
-        if place != folder and next(place.glob("*.tar"), None):
-            return str(place / "*.tar")
-    if next(folder.glob(f"{split}*.tar"), None):
-        return str(folder / f"{split}*.tar")
-    if split == "train" and not next(folder.glob("*/*.tar"), None):
+    for split in splits:
+        if (folder / split / MANIFEST).exists():
+            return str(folder / split / MANIFEST)
+        if next((folder / split).glob("*.tar"), None):
+            return str(folder / split / "*.tar")
+        if next(folder.glob(f"*{split}*.tar"), None):
+            return str(folder / f"*{split}*.tar")
+    if (folder / MANIFEST).exists():
+        return str(folder / MANIFEST)
+    others = sorted({path.parent.name for path in folder.glob("*/*.tar")})
+    named = [path.name for path in folder.glob("*.tar") if re.search("val|test", path.name)]
+    if splits[0] == "train" and not others and not named:
         return str(folder / "*.tar")
-    splits = sorted({path.parent.name for path in folder.glob("*/*.tar")})
-    raise MissingSplitError(f"{folder} has no split {split!r}: it has {', '.join(splits) or 'train'}")
+    raise MissingSplitError(f"{folder} has no split {splits[0]!r}: it has {', '.join(others or named) or 'train'}")
 
 
-def _of_manifest(address: str, split: str, files: RemoteFiles) -> tuple[list[Shard], dict[str, Any]]:
-    base = address.removesuffix(MANIFEST)
+def _of_manifest(address: str, splits: Sequence[str], files: RemoteFiles) -> tuple[list[Shard], dict[str, Any]]:
+    address = address if is_remote(address) else str(Path(address).expanduser())
+    base, content = address.removesuffix(MANIFEST), files.fresh(address)
     try:
-        manifest = json.loads(files.local(address).read_text(encoding="utf-8"))
-        entries = [(each["file"], int(each["num_bytes"]), str(each["sha256"])) for each in manifest["shards"]]
+        manifest = json.loads(content)
+        split, shards = str(manifest["split"]), []
+        for each in manifest["shards"]:
+            file, index = str(each["file"]), str(each["file"]).removesuffix(".tar") + ".arrow"
+            if not _FILE.fullmatch(file):
+                raise ValueError(f"it names the file {file!r}, which is none of its folder")
+            if each["num_samples"]:
+                sums = str(each["sha256"]), str(each["index_sha256"])
+                shards.append(Shard(base + file, base + index, int(each["num_bytes"]), *sums))
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{address} is no manifest of shards, or damaged: pack the set again") from error
+        reason = error if "names the file" in str(error) else "or damaged: pack the set again"
+        raise ValueError(f"{address} is no manifest of shards, {reason}") from error
     if not manifest.get("complete"):
         raise ValueError(f"{address} is of a set that is not packed to its end: give the same command again")
-    if manifest["split"] != split:
-        raise MissingSplitError(f"{address} has no split {split!r}: it has {manifest['split']}")
-    if any(Path(file).name != file for file, _, _ in entries):
-        raise ValueError(f"{address} names shards outside of its folder: such manifests are refused")
-    shards = [Shard(base + file, base + _index_name(file), size, sha256) for file, size, sha256 in entries]
+    if split not in splits:
+        raise MissingSplitError(f"{address} has no split {splits[0]!r}: it has {split}")
     for shard in shards:
         path = Path(shard.address)
         if not is_remote(shard.address) and (not path.exists() or path.stat().st_size != shard.num_bytes):
             raise ValueError(f"{path} is missing, or not as long as {MANIFEST} says: get it again")
+    manifest["bank"] = manifest.get("bank") if manifest.get("bank") in available_banks() else None
     return shards, manifest
 
 
-def _index_name(file: str) -> str:
-    return file.removesuffix(".tar") + ".arrow"
+def _check_room(shards: Sequence[Shard], manifest: dict[str, Any], files: RemoteFiles) -> None:
+    """Warn where the shards that are in use at a time exceed the room for remote ones."""
+    if not manifest or not is_remote(shards[0].address):
+        return
+    samples = max(1, manifest["num_samples"] // len(shards))
+    used = min(len(shards), LANES * (WINDOW // samples + 2)) * max(shard.num_bytes for shard in shards)
+    if used > files.limit:
+        logger.warning(
+            f"{used / 2**30:.1f} GB of shards are in use at a time, more than {LIMIT_VARIABLE} allows: they will be "
+            "fetched again and again"
+        )
 
 
 def expand(pattern: str) -> list[str]:
@@ -215,6 +271,8 @@ def _glob(pattern: str) -> list[str]:
     if is_remote(pattern):
         return [pattern]
     path = Path(pattern).expanduser()
+    if path.exists():
+        return [str(path)]
     found = sorted(map(str, path.parent.glob(path.name)))
     if not found:
         raise FileNotFoundError(f"no shard {pattern}: check the path")
@@ -227,8 +285,8 @@ def _plain_name(name: str) -> str:
 
 def _index(shard: Shard, files: RemoteFiles, cache: Path, caption_column: str, label_column: str) -> pyarrow.Table:
     """Return the index of a shard: the one beside it, or the one in the cache, which is made if it is not there."""
-    if shard.index:
-        return read_index(files.local(shard.index))
+    if shard.index and (is_remote(shard.index) or Path(shard.index).exists()):
+        return files.use(shard.index, read_index, shard.index_sha256)
     mark = shard.address
     if not is_remote(mark):
         status = Path(mark).stat()
@@ -236,7 +294,12 @@ def _index(shard: Shard, files: RemoteFiles, cache: Path, caption_column: str, l
     stamp = hashlib.sha256(f"{mark} {caption_column} {label_column}".encode()).hexdigest()[:16]
     index = cache / "indices" / f"{stamp}.arrow"
     if not index.exists():
-        write_index(index_shard(files.local(shard.address), caption_column, label_column), index)
+        try:
+            table = files.use(shard.address, lambda path: index_shard(path, caption_column, label_column))
+        except ValueError:
+            files.forget(shard.address)
+            raise
+        write_index(table, index)
     return read_index(index)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from visbio_diffusers.data.dataset import ImageDataset, MissingSplitError
+from visbio_diffusers.data.folder import LABEL_COLUMN
 from visbio_diffusers.data.remote import RemoteFiles, is_remote
 from visbio_diffusers.data.shard_images import Shard, ShardImages
 from visbio_diffusers.data.shards import assemble, expand, indices
@@ -73,6 +74,8 @@ def find_files(name: str, split: str) -> tuple[list[str], str]:
     import datasets
 
     if is_remote(name):
+        if split != "train" and "{split}" not in name:
+            raise MissingSplitError(f"{name} is one split: put {{split}} into the address to have {split!r} too")
         return expand(name.replace("{split}", split)), "Parquet"
     path = Path(name).expanduser()
     if path.is_file():
@@ -120,7 +123,7 @@ def _open(address: str, files: RemoteFiles):
     import fsspec
 
     if address.startswith(("https:", "http:")):
-        return files.local(address).open("rb")
+        return files.use(address, lambda path: path.open("rb"))
     return fsspec.open(address, "rb")
 
 
@@ -142,18 +145,37 @@ def _read_columns(address: str, file, image_column: str, caption_column: str, la
         raise ValueError(f"cannot read {address}: {one_line(error)}: get it again") from error
     if image_column not in names:
         raise ValueError(f"{address} has no column {image_column!r}, only {', '.join(names)}: choose --image_column")
+    kind = schema.field(image_column).type
+    if not pyarrow.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+        raise ValueError(f"column {image_column!r} of {address} is {kind}, no images as `datasets` writes them")
     columns = {name: pyarrow.nulls(count, index_schema().field(name).type) for name in index_schema().names}
     columns["key"] = pyarrow.array([f"row {row}" for row in range(count)])
     columns["offset"] = columns["size"] = pyarrow.array(range(count), pyarrow.int64())
     if label_column in names:
-        kind = table[label_column].type
-        kinds = {"class": pyarrow.types.is_string(kind), "labels": pyarrow.types.is_list(kind)}
-        columns[next((name for name, fits in kinds.items() if fits), "label")] = table[label_column]
+        columns[_label_kind(address, label_column, table[label_column].type)] = table[label_column]
+    elif label_column != LABEL_COLUMN:
+        raise ValueError(f"{address} has no column {label_column!r}, only {', '.join(names)}: choose --label_column")
     for name, source in (("caption", caption), ("subtype", "subtype" if "subtype" in names else None)):
         columns[name] = table[source] if source else columns[name]
     feature = datasets.Features.from_arrow_schema(schema).get(label_column)
     class_names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
     return pyarrow.table(columns).cast(index_schema().with_metadata({CLASS_NAMES: json.dumps(class_names)}))
+
+
+def _label_kind(address: str, label_column: str, kind: pyarrow.DataType) -> str:
+    """Return the column of an index for labels of this type."""
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    if types.is_string(kind) or types.is_large_string(kind):
+        return "class"
+    if types.is_list(kind) or types.is_large_list(kind):
+        return "labels"
+    if types.is_integer(kind):
+        return "label"
+    raise ValueError(
+        f"column {label_column!r} of {address} is {kind}: labels are names, integers, or lists of 0 and 1"
+    )
 
 
 @dataclass(frozen=True)
@@ -175,8 +197,13 @@ class ParquetImages(ShardImages):
     def _open(self, shard: int) -> pyarrow.Table:
         import pyarrow
 
-        path = self.files.converted(self.shards[shard].address, ".arrow", self._convert)
-        return pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
+        def read(path: Path) -> pyarrow.Table:
+            return pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
+
+        return self.files.use_converted(self.shards[shard].address, ".arrow", self._convert, read)
+
+    def _is_removed(self, table: pyarrow.Table) -> bool:
+        return False  # how a table is mapped is not known
 
     def _convert(self, source: Path, target: Path) -> None:
         """Write the images of a parquet file as Arrow, of which any row can be read at once."""

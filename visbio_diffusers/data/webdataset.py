@@ -14,14 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from visbio_diffusers.files import whole_file
 
 
 if TYPE_CHECKING:
     import pyarrow
 
+IMAGES = frozenset("png jpg jpeg jpe jfif jp2 tif tiff webp bmp gif ppm pgm".split())
 MASKS = "mask.png"
 TEXT_COLUMNS = "text", "caption"
 MAX_TEXT_BYTES = 2**20  # of a caption or JSON object
@@ -48,7 +47,7 @@ def index_shard(path: Path, caption_column: str, label_column: str) -> pyarrow.T
         key, _, suffix = member.name.rpartition("/")[2].partition(".")
         key, suffix = member.name[: -len(suffix) - 1] if suffix else member.name, suffix.lower()
         sample = samples.setdefault(key, {})
-        if f".{suffix}" in Image.registered_extensions() or suffix == MASKS:
+        if suffix in IMAGES or suffix == MASKS:
             place = "mask" if suffix == MASKS else "image"
             if place in sample:
                 raise ValueError(f"{path}: {member.name} is a second {place} of one sample: give each its own name")
@@ -73,6 +72,8 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
         with tarfile.open(path, "r:") as file:
             while (member := file.next()) is not None:
                 name = PurePosixPath(member.name)
+                if not member.name.isprintable():
+                    raise ValueError(f"{path}: the name {ascii(member.name)} is not UTF-8: rename the member")
                 if name.is_absolute() or ".." in name.parts or not (member.isfile() or member.isdir()):
                     raise ValueError(f"{path}: member {member.name!r} leads out of the shard: such shards are refused")
                 if member.isfile():
@@ -91,7 +92,7 @@ def _text(path: Path, member: tarfile.TarInfo, file: tarfile.TarFile) -> str:
     if member.size > MAX_TEXT_BYTES:
         raise ValueError(f"{path}: {member.name} has {member.size} bytes, a text at most {MAX_TEXT_BYTES}")
     try:
-        return file.extractfile(member).read().decode("utf-8")
+        return file.extractfile(member).read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: {member.name} is not UTF-8 ({error.reason}): write it in UTF-8") from error
 
@@ -100,8 +101,13 @@ def _row(path: Path, key: str, sample: dict[str, Any], caption_column: str, labe
     try:
         about = json.loads(sample.get("json", "{}"))
         label = int(sample["cls"]) if "cls" in sample else about.get(label_column)
-    except (ValueError, AttributeError) as error:
+        subtype = about.get("subtype")
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: {key} has a .json that is no object, or a .cls that is no number") from error
+    if not (label is None or isinstance(label, str) or _is_class(label) or _are_findings(label)):
+        raise ValueError(f"{path}: {key} has the label {label!r}: it is a name, a number from 0, or a list of 0 and 1")
+    if not isinstance(subtype, str | None):
+        raise ValueError(f"{path}: {key} has the subtype {subtype!r}: it is a name")
     names = TEXT_COLUMNS if caption_column == TEXT_COLUMNS[0] else (caption_column,)
     found = next((about[name] for name in names if isinstance(about.get(name), str)), None)
     caption = sample.get("txt", found) if names is TEXT_COLUMNS else found
@@ -114,7 +120,17 @@ def _row(path: Path, key: str, sample: dict[str, Any], caption_column: str, labe
         row["class"] = label
     else:
         row["label"] = label
-    return {**row, "subtype": about.get("subtype")}
+    return {**row, "subtype": subtype}
+
+
+def _is_class(label: Any) -> bool:
+    return isinstance(label, int) and not isinstance(label, bool) and 0 <= label < 2**31
+
+
+def _are_findings(label: Any) -> bool:
+    return (
+        isinstance(label, list) and len(label) > 0 and all(type(value) is int and value in (0, 1) for value in label)
+    )
 
 
 def index_schema() -> pyarrow.Schema:
