@@ -16,6 +16,7 @@ from visbio_diffusers.data.medmnist import MEDMNIST, cache_folder, list_datasets
 from visbio_diffusers.data.mixture import training_batches
 from visbio_diffusers.data.pools import caption_pools
 from visbio_diffusers.data.preview import preview
+from visbio_diffusers.data.remote import is_remote
 from visbio_diffusers.data.sampler import MixedSampler
 from visbio_diffusers.data.shards import is_shards, load_shards
 from visbio_diffusers.data.streamed import load_streamed
@@ -80,7 +81,8 @@ def load_image_dataset(
             the middle across each of the three axes, see `load_medmnist`.
         bare (`bool`): whether folders with neither captions nor classes are taken too, to be looked at.
         cache_dir (`str` or `Path`, *optional*): where downloads are kept.
-        streaming (`bool`): leave the images of parquet files and Hub sets where they are until they are needed.
+        streaming (`bool`): leave the images of parquet files and Hub sets where they are until they are needed; those
+            of a URL are left anyway.
         allow_pipe (`bool`): let the address of shards be `pipe:COMMAND`, which runs a shell.
 
     Raises:
@@ -94,11 +96,10 @@ def load_image_dataset(
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples={max_samples}: keep at least 1, or leave it out to keep all")
     cache = cache_folder(cache_dir)
+    columns = image_column, caption_column, label_column, caption_bank is None
     if is_shards(name):
-        columns = caption_column, label_column, caption_bank is None
-        dataset = load_shards(name, split, *columns, cache, allow_pipe, bare)
-    elif streaming:
-        columns = image_column, caption_column, label_column, caption_bank is None
+        dataset = load_shards(name, split, *columns[1:], cache, allow_pipe, bare)
+    elif is_remote(name):
         dataset = load_streamed(name, split, *columns, cache, bare)
     elif _is_medmnist(name):
         dataset = load_medmnist(name, split, cache_dir, slice_axis=slice_axis, slices=slices)
@@ -108,9 +109,10 @@ def load_image_dataset(
             tile_overlap=tile_overlap, min_object_area=min_object_area, object_name=object_name,
             channel_names=channel_names,
         )  # fmt: skip
+    elif streaming:
+        dataset = load_streamed(name, split, *columns, cache, bare)
     else:
-        columns = image_column, caption_column, label_column
-        dataset = load_folder(name, split, *columns, caption_bank is None, cache_dir, bare)
+        dataset = load_folder(name, split, *columns, cache_dir, bare)
     if caption_bank is not None:
         dataset = _with_bank(dataset, caption_bank)
     if max_samples is not None and max_samples < len(dataset):
