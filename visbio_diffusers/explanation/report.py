@@ -63,7 +63,7 @@ def write_report(
     studio = open_studio(pipe, provenance, **chosen)
     pipe.set_progress_bar_config(disable=False, desc="images")
     drawn = _draw(studio, prompt, seeds)
-    sections = [*_words(drawn), _ladder(studio, drawn[0].image, prompt, seeds[0]), _spread(drawn)]
+    sections = [*_words(drawn), _ladder(studio, drawn[0].image, prompt, seeds[-1] + 1), _spread(drawn)]
     if instead is not None:
         pipe.set_progress_bar_config(disable=False, desc="other words")
         sections.append(_pairs(drawn, _draw(studio, instead, seeds), prompt, instead, seeds))
@@ -128,10 +128,10 @@ def _ladder(studio, image: Image.Image, prompt: str, seed: int) -> Section:
     steps, scale = studio.call["num_inference_steps"], studio.call["guidance_scale"]
     rungs = denoising_ladder(studio.pipe, image, prompt, num_inference_steps=steps, guidance_scale=scale, seed=seed)
     text = (
-        "The first image under more and more noise (top), what the model takes it for at once (middle), and what it "
-        "makes of it in all steps from there (bottom). Where the bottom still shows the first image, the noise had "
-        "left enough of it; further right the model draws a new one from the words. Numbers: root mean square "
-        "difference from the first image, in grey levels of 255."
+        "The first image under more and more noise, other than it was drawn from (top), what the model takes it for at "
+        "once (middle), and what it makes of it in all steps from there (bottom). Where the bottom still shows the "
+        "first image, the noise had left enough of it; further right the model draws a new one from the words. "
+        "Numbers: root mean square difference from the first image, in grey levels of 255."
     )
     return Section("From noise to image", text, ladder_sheet(image, rungs, TILE))
 
