@@ -128,8 +128,8 @@ def _ladder(studio, image: Image.Image, prompt: str, seed: int) -> Section:
     steps, scale = studio.call["num_inference_steps"], studio.call["guidance_scale"]
     rungs = denoising_ladder(studio.pipe, image, prompt, num_inference_steps=steps, guidance_scale=scale, seed=seed)
     text = (
-        "The first image under more and more noise, other than it was drawn from (top), what the model takes it for at "
-        "once (middle), and what it makes of it in all steps from there (bottom). Where the bottom still shows the "
+        "The first image under more and more noise, not that of its seed (top), what the model takes it for at once "
+        "(middle), and what it makes of it in all steps from there (bottom). Where the bottom still shows the "
         "first image, the noise had left enough of it; further right the model draws a new one from the words. "
         "Numbers: root mean square difference from the first image, in grey levels of 255."
     )
