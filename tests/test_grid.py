@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visbio_diffusers.grid import GAP, LINE, contact_sheet, save_png
+from visbio_diffusers.grid import GAP, LINE, contact_sheet, data_url, save_png, tint
 
 
 COLOURS = ["red", "lime", "blue", "yellow", "black"]
