@@ -1,10 +1,13 @@
 """Contact sheets and PNG files."""
 
+import base64
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from visbio_diffusers.grid import GAP, LINE, contact_sheet, save_png
+from visbio_diffusers.grid import GAP, LINE, contact_sheet, data_url, save_png, tint
 
 
 COLOURS = ["red", "lime", "blue", "yellow", "black"]
@@ -96,3 +99,16 @@ def test_target_that_is_a_folder_says_so(tmp_path):
         (tmp_path / "cell.png").mkdir()
         save_png(_tiles(1)[0], tmp_path / "cell.png")
     assert [entry.name for entry in tmp_path.iterdir()] == ["cell.png"]
+
+
+def test_tint_is_red_above_zero_blue_below_and_grey_at_zero():
+    shown = np.asarray(tint(Image.new("RGB", (3, 1), (100, 100, 100)), np.array([[1.0, 0.0, -1.0]])), int)[0]
+    assert shown[0, 0] > 150 > shown[0, 2] and shown[2, 2] > 150 > shown[2, 0]
+    assert (shown[1] == 100).all()
+
+
+def test_data_url_holds_the_picture():
+    pixels = np.random.default_rng(0).integers(0, 255, (4, 5, 3), dtype=np.uint8)
+    kind, content = data_url(Image.fromarray(pixels)).split(",")
+    assert kind == "data:image/png;base64"
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(content)))), pixels)

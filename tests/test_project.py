@@ -38,7 +38,7 @@ LAYERS = [
     {"evaluation"},
     {"alignment"},
     {"adapters", "prompts", "rewards", "rollouts"},
-    {"reward_tuning"},
+    {"explanation", "reward_tuning"},
     {"rounds"},
     {"cards"},
     {"commands", "hub"},

@@ -35,6 +35,7 @@ SMALL = {
     " --classifier_steps 2 --seeds 0",
     "evaluate_alignment.py": "--supervised_steps 2 --num_generator_images 2",
     "visbio evaluate": f"{FEW} --num_inference_steps 2 --evaluator_steps 2 --cas_steps 2",
+    "visbio explain": "--num-seeds 2 --steps 2",
     "visbio audit": "--num_images 16 --num_members 16",
     "train_alignment.py": "--max_train_steps 2 --train_batch_size 2 --report_to none --lr_warmup_steps 1",
     "evaluate_reward_tuning.py": "--judge_steps 2 --num_images_per_prompt 1 --num_class_images 1",

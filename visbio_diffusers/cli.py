@@ -1,4 +1,4 @@
-"""The command `visbio`: draw images, export labelled sets, measure and audit models, describe and search images.
+"""The command `visbio`: draw and explain images, export labelled sets, measure models, describe and search images.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Mistakes are answered in one line on stderr.
 """
@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Mistakes are answe
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import NoReturn
 
 from visbio_diffusers import __version__
 from visbio_diffusers.commands import data as data_commands
-from visbio_diffusers.commands.arguments import positive, say, seed_number
+from visbio_diffusers.commands import explain as explain_command
+from visbio_diffusers.commands.arguments import device_name, positive, say, seed_number
 from visbio_diffusers.files import one_line
 
 
@@ -115,6 +115,8 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_search_arguments(search)
     search.set_defaults(run=_search, error=search.error)
 
+    explain_command.add_command(commands)
+
     data = commands.add_parser("data", help="look at image sets; get texts of PubMed")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     data_commands.add_actions(actions)
@@ -140,7 +142,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", help="a folder or a Hub id; default: the model that comes with the package")
     add("--lora", help="a LoRA adapter: folder, .safetensors file or Hub id")
     add("--lora-scale", type=float, default=1.0, help="weight of the adapter; default: %(default)s")
-    add("--device", type=_device, help="cpu, cuda, cuda:1 or mps; default: the fastest there is")
+    add("--device", type=device_name, help="cpu, cuda, cuda:1 or mps; default: the fastest there is")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="default: %(default)s")
 
 
@@ -153,7 +155,7 @@ def _add_describe_arguments(parser: argparse.ArgumentParser) -> None:
     add("--explain", type=Path, metavar="PNG", help="of one image: ask the generator too, and show what decided")
     add("--generator", help="the generator that --explain asks; default: the model that comes with the package")
     add("--model", help="dual encoder, a folder or a Hub id; default: the one that comes with the package")
-    add("--device", type=_device, help="cpu, cuda, cuda:1 or mps; default: the fastest there is")
+    add("--device", type=device_name, help="cpu, cuda, cuda:1 or mps; default: the fastest there is")
 
 
 def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
@@ -164,7 +166,7 @@ def _add_search_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top", type=positive, default=5, help="results; default: %(default)s")
     add("--index", type=Path, help="file of the index; default: in the folder, or beside the corpus")
     add("--model", help="dual encoder, a folder or a Hub id; default: the one that comes with the package")
-    add("--device", type=_device, help="cpu, cuda, cuda:1 or mps; default: the fastest there is")
+    add("--device", type=device_name, help="cpu, cuda, cuda:1 or mps; default: the fastest there is")
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -264,12 +266,6 @@ def _search(args: argparse.Namespace) -> None:
         lines = command.search_folder(args.image or given["QUERY"], Path(given["FOLDER"]), *settings)
     for line in lines:
         say(line)
-
-
-def _device(text: str) -> str:
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of cpu, cuda, cuda:N and mps")
-    return text
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Pictures of many images with their captions, and PNG files that are whole or absent."""
+"""Pictures of many images with their captions, tinted images, and PNG files that are whole or absent."""
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
@@ -41,6 +44,21 @@ def contact_sheet(
         for number, line in enumerate(_wrap(caption, font, tile, caption_lines)):
             draw.text((left, top + tile + number * LINE), line, fill="black", font=font)
     return sheet
+
+
+def tint(image: Image.Image, strength: np.ndarray) -> Image.Image:
+    """Return an image in grey, with red where `strength` (height, width), in [-1, 1], is above 0 and blue below."""
+    base = np.asarray(image.convert("L"), np.float32)[:, :, None].repeat(3, axis=2)
+    strength = strength[:, :, None]
+    colour = np.where(strength > 0, [220.0, 30.0, 30.0], [30.0, 60.0, 220.0])
+    return Image.fromarray((base + 0.6 * np.abs(strength) * (colour - base)).round().astype(np.uint8))
+
+
+def data_url(picture: Image.Image) -> str:
+    """Return a picture as the `src` of an HTML image that needs no file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def save_png(image: Image.Image, path: str | Path, metadata: dict[str, str] | None = None) -> None:

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from visbio_diffusers.alignment.dual_encoder import DualEncoder
-from visbio_diffusers.grid import contact_sheet
+from visbio_diffusers.grid import contact_sheet, tint
 
 
 PLACES = 9  # in each direction
@@ -55,11 +55,7 @@ def explanation_picture(image: np.ndarray, places: np.ndarray, winner: str, othe
     """Return the image beside itself with the places that speak for the winner in red and for the other in blue."""
     strength = places / max(float(np.abs(places).max()), 1e-6)
     heat = np.asarray(Image.fromarray(strength.astype(np.float32)).resize((224, 224), Image.Resampling.BICUBIC))
-    heat = np.clip(heat, -1, 1)[:, :, None]
     grey = Image.fromarray(image).convert("L").resize((224, 224), Image.Resampling.NEAREST)
-    base = np.asarray(grey, np.float32)[:, :, None].repeat(3, axis=2)
-    colour = np.where(heat > 0, [220.0, 30.0, 30.0], [30.0, 60.0, 220.0])
-    mixed = base + 0.6 * np.abs(heat) * (colour - base)
-    shown = [Image.fromarray(image), Image.fromarray(mixed.round().astype(np.uint8))]
+    shown = [Image.fromarray(image), tint(grey, np.clip(heat, -1, 1))]
     captions = ["what was looked at", f"red: for {winner}; blue: for {other}"]
     return contact_sheet(shown, captions, columns=2, tile=224, caption_lines=5)

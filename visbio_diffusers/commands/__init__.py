@@ -1,1 +1,1 @@
-"""What `visbio data` does, and what its arguments and those of `visbio` share."""
+"""What `visbio data` and `visbio explain` do, and what their arguments and those of `visbio` share."""

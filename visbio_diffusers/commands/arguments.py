@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 
 
@@ -20,6 +21,13 @@ def seed_number(text: str) -> int:
     if not 0 <= value < 2**62:
         raise argparse.ArgumentTypeError(f"{value} must be from 0 to 2^62")
     return value
+
+
+def device_name(text: str) -> str:
+    """Return the name of a device, which this machine need not have."""
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of cpu, cuda, cuda:N and mps")
+    return text
 
 
 def say(text: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from PIL import Image
 
 from visbio_diffusers.evaluation.report import card_rows
 from visbio_diffusers.files import whole_file
+from visbio_diffusers.grid import data_url
 
 
 TEMPLATE = "page.html.j2"
@@ -38,7 +37,7 @@ def write_page(results: dict, pictures: dict[str, Image.Image], path: str | Path
         charts=[chart for run in results["runs"] for chart in _charts(run, classifiers)],
         confusions=[_confusion(run, judge) for run in results["runs"] for judge in classifiers],
         worst=_worst_prompts(results["runs"][0], results["evaluators"][0]["name"]),
-        pictures={title: _data_url(picture) for title, picture in pictures.items()},
+        pictures={title: data_url(picture) for title, picture in pictures.items()},
     )
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -72,9 +71,3 @@ def _worst_prompts(run: dict, judge: str) -> list[tuple[str, dict]]:
         return []
     prompts = run["heldout_wording"][judge]["per_prompt"]
     return sorted(prompts.items(), key=lambda item: (item[1]["value"], -item[1]["n"]))[:WORST_PROMPTS]
-
-
-def _data_url(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,192 @@
+"""Where in a drawn image the words of its prompt were read: maps from the cross-attention.
+
+Shapes in trailing comments: n images, N image tokens, L text tokens, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from visbio_diffusers.models.attention_visbio import VisBioAttention
+from visbio_diffusers.text import check_texts, max_tokens
+
+
+WORD = re.compile(r"\w(?:\S*\w)?")  # from the first to the last letter or digit between two spaces
+
+
+class Attribution(NamedTuple):
+    """A drawn image with a map for each word of its prompt.
+
+    Args:
+        image (`PIL.Image.Image`): as the pipeline draws it without maps.
+        words (`list[str]`): of the prompt, in its order, as it spells them, without punctuation around them.
+        maps (`np.ndarray` of shape `(words, height, width)`): float32, 0 or more; at each pixel the words' shares of
+            the attention sum to 1. What went to punctuation and to the tokens of start and end is left out.
+        weight (`float`): the part of all attention, in [0, 1], that went to the words, as a mean over the image.
+    """
+
+    image: Image.Image
+    words: list[str]
+    maps: np.ndarray
+    weight: float
+
+
+class AttentionRecorder:
+    """Record a UNet's cross-attention while a pipeline draws, without changing what is drawn.
+
+    A context manager: hooks compute the probabilities beside each layer, which itself runs as always, and are gone
+    afterwards.
+
+    Args:
+        unet (`VisBioUNet` or `UNet2DConditionModel`): the one that draws.
+        num_images (`int`): drawn together; with guidance, only the half with text is recorded, which comes last.
+
+    Raises:
+        ValueError: if the UNet has no cross-attention.
+    """
+
+    def __init__(self, unet, num_images: int):
+        self.unet = unet
+        self.num_images = num_images
+        self.layers = [module for module in unet.modules() if getattr(module, "is_cross_attention", False)]
+        if not self.layers:
+            name = type(unet).__name__
+            raise ValueError(f"this {name} has no cross-attention, so that words have no places: use a model with it")
+        self._sides = (0, 0)
+        self._sums: dict[tuple[int, int], torch.Tensor] = {}  # grid of image tokens -> (n, L, N)
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> AttentionRecorder:
+        self._handles = [self.unet.register_forward_pre_hook(self._see_sample, with_kwargs=True)]
+        self._handles += [layer.register_forward_pre_hook(self._record, with_kwargs=True) for layer in self.layers]
+        return self
+
+    def __exit__(self, *error) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _see_sample(self, unet, args, kwargs) -> None:
+        self._sides = tuple((args[0] if args else kwargs["sample"]).shape[-2:])
+
+    def _record(self, layer, args, kwargs) -> None:
+        n = self.num_images
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        hidden_states = (args[0] if args else given["hidden_states"])[-n:]
+        mask = given.get("attention_mask")
+        mask = None if mask is None else mask[-n:]
+        if isinstance(layer, VisBioAttention):
+            key_value = given.get("key_value") or layer.key_value(given["encoder_hidden_states"])
+            found = _visbio_probabilities(layer, hidden_states, key_value[0][-n:], mask)
+        else:
+            found = _diffusers_probabilities(layer, hidden_states, given["encoder_hidden_states"][-n:], mask)
+        grid = _grid(found.shape[-1], *self._sides)
+        self._sums[grid] = self._sums.get(grid, 0) + found
+
+    def token_maps(self, height: int, width: int) -> torch.Tensor:
+        """Return the mean attention to each token, `(num_images, tokens, height, width)`, float32 on the CPU.
+
+        The mean is over heads, layers and steps; at each pixel it sums to 1 over all tokens. The grid of each layer
+        (7 x 7 in a model of 28 pixels) is brought to the image by bilinear interpolation, which adds no detail.
+        """
+        total = torch.zeros(())
+        for grid, found in self._sums.items():
+            total = total + F.interpolate(found.unflatten(2, grid).cpu(), (height, width), mode="bilinear")
+        return total / total.sum(dim=1, keepdim=True)
+
+
+def _visbio_probabilities(layer, hidden_states, key, mask) -> torch.Tensor:
+    """Return the mean over heads of the attention (n, L, N) of a layer of VisBioUNet."""
+    query = layer.norm_q(layer.to_q(hidden_states).unflatten(-1, (layer.heads, -1)))
+    scores = torch.einsum("bnhd,blhd->bhln", query.float(), key.float()) * key.shape[-1] ** -0.5
+    if mask is not None:  # (n, 1, 1, L)
+        scores = scores.masked_fill(~mask.transpose(-1, -2), -torch.inf)
+    return scores.softmax(dim=2).mean(dim=1)
+
+
+def _diffusers_probabilities(layer, hidden_states, encoder_hidden_states, mask) -> torch.Tensor:
+    """Return the same of a layer of Diffusers' own UNets."""
+    n, tokens = encoder_hidden_states.shape[:2]
+    query = layer.head_to_batch_dim(layer.to_q(hidden_states))
+    key = layer.head_to_batch_dim(layer.to_k(encoder_hidden_states))
+    found = layer.get_attention_scores(query, key, layer.prepare_attention_mask(mask, tokens, n))
+    return found.float().unflatten(0, (n, -1)).mean(dim=1).transpose(1, 2)
+
+
+def _grid(num_tokens: int, height: int, width: int) -> tuple[int, int]:
+    """Return rows and columns of image tokens, of a sample whose sides are halved, rounded up, some times."""
+    while height * width > num_tokens:
+        height, width = -(-height // 2), -(-width // 2)
+    return height, width
+
+
+def word_tokens(tokenizer, text: str, limit: int) -> list[tuple[str, list[int]]]:
+    """Return each word of a text with the places of its tokens, counted with the special ones.
+
+    A word is what stands between spaces, without punctuation at its ends: "Wright-Giemsa" is one, whatever number
+    of pieces the tokenizer makes of it.
+
+    Args:
+        tokenizer (`transformers.PreTrainedTokenizerBase`): one that knows where in the text its tokens stand.
+        text (`str`): what to split.
+        limit (`int`): tokens after that are cut off; a word without any is left out.
+
+    Raises:
+        ValueError: if there is no word, or the tokenizer does not know places.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} cannot say where its tokens stand: load the fast one of its kind"
+        )
+    places = tokenizer(text, truncation=True, max_length=limit, return_offsets_mapping=True)["offset_mapping"]
+    found = []
+    for word in WORD.finditer(text):
+        tokens = [k for k, (start, end) in enumerate(places) if max(start, word.start()) < min(end, word.end())]
+        if tokens:
+            found.append((word.group(), tokens))
+    if not found:
+        raise ValueError(f"the prompt {text!r} has no word: describe the image")
+    return found
+
+
+@torch.no_grad()
+def attribute_words(pipe, prompt: str | Sequence[str], **call: Any) -> list[Attribution]:
+    """Draw images as `pipe(prompt, **call)` does, each with maps of where its words were read.
+
+    A map says which pixels asked a word while they were denoised. That is where a word was read, which need not be
+    what it did: the text also enters by FiLM, at all places at once, and the tokens have read one another before.
+
+    Args:
+        pipe (`VisBioPipeline`): or a pipeline of Diffusers with a `UNet2DConditionModel` and one text encoder; with
+            LoRA adapters or without.
+        prompt (`str` or `Sequence[str]`): one or several.
+        call: further arguments of the pipeline's call, such as `generator` and `guidance_scale`.
+
+    Raises:
+        ValueError: if the UNet has no cross-attention, a prompt no word, or the pipeline refuses an argument.
+
+    Source: Tang et al. 2023, What the DAAM: Interpreting Stable Diffusion Using Cross Attention, section 3, without
+    its thresholds.
+    """
+    prompts = prompt if isinstance(prompt, str) else list(prompt)
+    check_texts("prompt", prompts)
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    limit = max_tokens(pipe.tokenizer, pipe.text_encoder)
+    words = [word_tokens(pipe.tokenizer, text, limit) for text in prompts]
+    repeat = call.get("num_images_per_prompt", 1)
+    with AttentionRecorder(pipe.unet, len(prompts) * repeat) as recorder:
+        images = pipe(prompts, **call).images
+    found = recorder.token_maps(images[0].height, images[0].width)
+    return [_attribution(image, words[k // repeat], found[k]) for k, image in enumerate(images)]
+
+
+def _attribution(image: Image.Image, words: list[tuple[str, list[int]]], token_maps: torch.Tensor) -> Attribution:
+    maps = torch.stack([token_maps[tokens].sum(dim=0) for _, tokens in words])  # (words, H, W)
+    total = maps.sum(dim=0)
+    return Attribution(image, [word for word, _ in words], (maps / total).numpy(), float(total.mean()))
