@@ -302,7 +302,8 @@ IMAGE, MASK = np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.uint8)
         ({"image": IMAGE - 1.0}, "its values reach from -1 to -1"),
         ({"image": IMAGE * np.nan}, "its values reach from nan to nan"),
         ({"image": [IMAGE] * 3}, "3 in `image` for 1 prompts: give one, or one for each prompt"),
-        ({"mask_image": None}, "`mask_image` must be a PIL image, .* but is NoneType"),
+        ({"mask_image": None}, "give `mask_image`, or use VisBioImg2ImgPipeline"),
+        ({"mask_image": "mask.png"}, "`mask_image` must be a PIL image, .* but is str"),
         ({"mask_image": MASK[:4]}, "`mask_image` of 4 x 8 pixels must have the size of `image`, 8 x 8"),
         ({"mask_image": MASK + 7}, "`mask_image` has grey values: it takes 0 to keep and 1"),
         ({"mask_image": IMAGE}, "`mask_image` must have 1 channel, last in an array"),
@@ -323,3 +324,48 @@ def test_the_mask_that_the_error_names(inpaint):
     drawn = _draw(inpaint, "a cell", _picture(), grey.point(lambda v: 255 * (v > 127)), output_type="pil")[0]
     known = np.array(grey) <= 127
     assert np.array_equal(np.array(drawn)[known], np.array(_picture())[known])
+
+
+@pytest.fixture
+def smooth(tiny_pipeline):
+    """Return the tiny pipeline with predictions so weak that fixed-point iteration converges."""
+    tiny_pipeline.unet.conv_out.weight.data *= 0.1
+    return tiny_pipeline
+
+
+def test_inverted_images_are_drawn_again_and_edited(smooth):
+    pipe = VisBioImg2ImgPipeline.from_pipe(smooth)
+    pipe.set_progress_bar_config(disable=True)
+    images, prompts = [_picture(seed=1), _picture(seed=2)], ["a cell", "dust"]
+    settings = {"num_inference_steps": STEPS, "guidance_scale": 2.0, "negative_prompt": "debris"}
+    given = np.stack([np.array(image) for image in images]) / 255
+    errors = []
+    for num_iterations in (1, 3, 12):
+        latents = pipe.invert(images, prompts, num_iterations=num_iterations, **settings)
+        errors.append(np.abs(_draw(smooth, prompts, latents=latents, **settings) - given).max())
+    assert latents.shape == (2, 3, 8, 8)
+    assert errors[0] > 5 * errors[1] and errors[1] > 5 * errors[2] and errors[2] < 1e-3
+    edited = _draw(smooth, ["dust", "dust"], latents=latents, **settings)
+    assert np.abs(edited[0] - given[0]).max() > 1e-2 and np.abs(edited[1] - given[1]).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "arguments", "message"),
+    [
+        (
+            "DPMSolverMultistepScheduler",
+            {},
+            "only DDIM without clipping can be inverted: use DDIMScheduler.from_config",
+        ),
+        (None, {"num_iterations": 0}, "`num_iterations` must be a whole number from 1, but is 0"),
+        (None, {"num_inference_steps": 0}, "`num_inference_steps` must be a whole number from 1"),
+        (None, {"image": [IMAGE] * 2}, "2 in `image` for 1 prompts"),
+        (None, {"prompt": ""}, "`prompt` is empty"),
+    ],
+)
+def test_what_cannot_be_inverted(img2img, scheduler, arguments, message):
+    if scheduler:
+        _use(img2img, scheduler)
+    with pytest.raises(ValueError, match=message) as error:
+        img2img.invert(**{"image": IMAGE, "prompt": "a cell", **arguments})
+    assert "\n" not in str(error.value)

@@ -79,9 +79,9 @@ def _read(name, image, channels):
             image = image.convert(mode)  # masks are often saved in colours
         elif image.mode != mode:
             raise ValueError(f"`{name}` is a PIL image of mode {image.mode}: give {name}.convert({mode!r})")
-        image = np.array(image)
+        image = np.asarray(image)
     if isinstance(image, np.ndarray):
-        image = torch.from_numpy(image)
+        image = torch.from_numpy(np.array(image, order="C"))  # torch takes no negative strides
         image = image if image.ndim == 2 else image.movedim(-1, -3) if image.ndim in (3, 4) else image
     if not isinstance(image, torch.Tensor):
         kind = "an empty list" if isinstance(image, list | tuple) else type(image).__name__

@@ -81,6 +81,8 @@ class VisBioInpaintPipeline(VisBioRedrawMixin, DiffusionPipeline, VisBioLoraLoad
         Raises:
             ValueError: for arguments that cannot work; the message names the way out.
         """
+        if mask_image is None:
+            raise ValueError("give `mask_image`, or use VisBioImg2ImgPipeline, which draws all of the image")
         return self._redraw(
             prompt,
             image,
