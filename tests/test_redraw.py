@@ -120,10 +120,10 @@ def _redrawn(scheduler, steps, strength):
     image = MEAN + SPREAD * (image - image.mean()) / image.std()
     noise = (noise - noise.mean()) / noise.std()
     timesteps = last_timesteps(scheduler, prepare_timesteps(scheduler, steps), strength)
-    sample = scheduler.add_noise(image, noise, timesteps[:1])
+    sample, generator = scheduler.add_noise(image, noise, timesteps[:1]), _seed()
     for t in timesteps:
         prediction = _best_velocity(scheduler.scale_model_input(sample, t), t)
-        sample = scheduler.step(prediction, t, sample, **step_arguments(scheduler, 0.0, _seed())).prev_sample
+        sample = scheduler.step(prediction, t, sample, **step_arguments(scheduler, 0.0, generator)).prev_sample
     return image, sample
 
 
