@@ -6,6 +6,8 @@ import sys
 from visbio_diffusers.models.unet_visbio import VisBioUNet
 from visbio_diffusers.models.vision_visbio import VisBioVisionModel
 from visbio_diffusers.pipelines.pipeline_visbio import VisBioPipeline
+from visbio_diffusers.pipelines.pipeline_visbio_img2img import VisBioImg2ImgPipeline
+from visbio_diffusers.pipelines.pipeline_visbio_inpaint import VisBioInpaintPipeline
 from visbio_diffusers.registration import register
 
 
@@ -18,9 +20,17 @@ _LAZY = {
     "load_dual_encoder": "alignment",
     "load_image_dataset": "data",
 }
-__all__ = ["VisBioPipeline", "VisBioUNet", "VisBioVisionModel", *_LAZY]
+_PIPELINES = (VisBioPipeline, VisBioImg2ImgPipeline, VisBioInpaintPipeline)
+__all__ = [
+    "VisBioImg2ImgPipeline",
+    "VisBioInpaintPipeline",
+    "VisBioPipeline",
+    "VisBioUNet",
+    "VisBioVisionModel",
+    *_LAZY,
+]
 
-register(sys.modules[__name__], (VisBioUNet, VisBioPipeline))
+register(sys.modules[__name__], (VisBioUNet, *_PIPELINES))
 
 
 def __getattr__(name):

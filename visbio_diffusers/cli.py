@@ -1,4 +1,4 @@
-"""The command `visbio`: draw and explain images, export labelled sets, measure models, describe and search images.
+"""The command `visbio`: draw, redraw, explain, describe and search images, export sets, measure and audit models.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Mistakes are answered in one line on stderr.
 """
@@ -14,6 +14,7 @@ from typing import NoReturn
 from visbio_diffusers import __version__
 from visbio_diffusers.commands import data as data_commands
 from visbio_diffusers.commands import explain as explain_command
+from visbio_diffusers.commands import redraw as redraw_commands
 from visbio_diffusers.commands.arguments import device_name, positive, say, seed_number
 from visbio_diffusers.files import one_line
 
@@ -91,6 +92,8 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     _add_generate_arguments(generate)
     generate.set_defaults(run=_generate, error=generate.error)
+
+    redraw_commands.add_commands(commands)
 
     # Their flags are the fields of a config, as in the scripts.
     evaluate = commands.add_parser("evaluate", help="measure a model, or images, against real images")

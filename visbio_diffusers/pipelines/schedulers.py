@@ -1,6 +1,7 @@
 """Which of Diffusers' schedulers can sample a VisBioUNet, and their timesteps."""
 
 import inspect
+from numbers import Real
 
 import torch
 
@@ -21,6 +22,8 @@ SCHEDULERS = (
     "LMSDiscreteScheduler",
     "PNDMScheduler",
 )
+# Their first steps are special ones, so that they go astray from the middle of the schedule.
+FROM_NOISE = ("LMSDiscreteScheduler", "PNDMScheduler")
 # Their steps pile up at the terminal timestep, where the noise level of a cosine schedule runs away.
 UNFIT_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas")
 # In the first step from zero terminal SNR DDIM takes the root of 1 - eta^2, times a positive number, that rounding can
@@ -101,3 +104,31 @@ def check_scheduler(scheduler) -> None:
             "a model that predicts noise (prediction_type 'epsilon') sees no image at zero terminal SNR: create the"
             f" scheduler with {name}.from_config(pipe.scheduler.config, rescale_betas_zero_snr=False)"
         )
+
+
+def last_timesteps(scheduler, timesteps: torch.Tensor, strength: float, midway: bool = False) -> torch.Tensor:
+    """Return the last of the timesteps of a scheduler, and have it begin there.
+
+    Args:
+        scheduler ([`SchedulerMixin`]): just set by [`prepare_timesteps`].
+        timesteps (`torch.Tensor`): that it gave.
+        strength (`float`): share of the steps, in [0, 1]; less than one step is none.
+        midway (`bool`): whether something is to change between its steps even if `strength` is 1.
+
+    Raises:
+        ValueError: if `strength` is out of range, or the scheduler must see all steps.
+    """
+    if not isinstance(strength, Real) or not 0 <= strength <= 1:
+        raise ValueError(f"`strength` must be from 0 (keep the image) to 1 (ignore it), but is {strength!r}")
+    name = type(scheduler).__name__
+    if name in FROM_NOISE and (midway or strength < 1):
+        raise ValueError(
+            f"{name} cannot begin at an image: use {SCHEDULERS[0]}, {SCHEDULERS[2]} or {SCHEDULERS[3]}, created by"
+            " from_config(pipe.scheduler.config)"
+        )
+    order = scheduler.order  # timesteps of each step but the last, which has one
+    steps = -(-len(timesteps) // order)
+    first = (steps - int(steps * strength)) * order
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(first)
+    return timesteps[first:]
