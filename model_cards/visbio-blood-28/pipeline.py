@@ -4,6 +4,7 @@ Made by the package from its own sources; change those instead. Apache-2.0.
 
 visbio_diffusers/models/safetensors_mixin.py
 visbio_diffusers/pipelines/lora_loader.py
+visbio_diffusers/pipelines/pipeline_mixin.py
 visbio_diffusers/pipelines/pipeline_visbio.py
 visbio_diffusers/pipelines/schedulers.py
 visbio_diffusers/text.py
@@ -43,79 +44,6 @@ class SafetensorsMixin:
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
 
-def check_fit(state_dict, unet) -> None:
-    """Raise a ValueError naming the first layer of an adapter that `unet` lacks, or has in another size.
-
-    Args:
-        state_dict (`dict[str, torch.Tensor]`): keys in Diffusers' format, `unet.LAYER.lora_A.weight` and `lora_B`.
-        unet (`torch.nn.Module`): with or without adapters.
-    """
-    layers = dict(unet.named_modules())
-    for key, weight in state_dict.items():
-        part, _, name = key.partition(".")
-        if name and part != "unet":
-            raise ValueError(
-                f"the adapter was made for another model: it holds {key}, and only a `unet` takes adapters"
-            )
-        name = name.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")  # Diffusers' older format
-        name, _, matrix = name.partition(".lora_")
-        if matrix not in ("A.weight", "B.weight"):
-            continue
-        layer = getattr(layers.get(name), "base_layer", layers.get(name))
-        if not hasattr(layer, "weight"):
-            raise ValueError(f"the adapter was made for another model: this one has no layer {name}")
-        own = layer.weight.shape
-        # A is (rank, in, ...), B is (out, rank, ...), of a layer (out, in, ...)
-        sizes = (weight.shape[1:], own[1:]) if matrix == "A.weight" else (weight.shape[:1], own[:1])
-        if sizes[0] != sizes[1]:
-            side = "takes" if matrix == "A.weight" else "gives"
-            raise ValueError(
-                f"the adapter was made for another model: its layer {name} {side} {tuple(sizes[0])} features, "
-                f"this model's {tuple(sizes[1])}"
-            )
-
-
-class VisBioLoraLoaderMixin(StableDiffusionLoraLoaderMixin):
-    """Load, save, fuse and weigh LoRA adapters of the UNet; the text encoder takes none."""
-
-    _lora_loadable_modules = ["unet"]
-
-    @classmethod
-    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict, **kwargs):
-        """Return the weights of an adapter; arguments as in Diffusers.
-
-        A pickle (.bin) is taken only where its name is given, or with `use_safetensors=False`; of it torch loads
-        tensors alone.
-        """
-        named = kwargs.get("weight_name") or str(pretrained_model_name_or_path_or_dict).endswith(".bin")
-        if kwargs.get("use_safetensors") is None and not named:
-            kwargs["use_safetensors"] = True
-        return super().lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
-
-    @classmethod
-    def load_lora_into_unet(cls, state_dict, network_alphas, unet, **kwargs):
-        """Add an adapter to the UNet; arguments as in Diffusers.
-
-        Raises:
-            ValueError: if the adapter was made for another model; the message names the layer.
-        """
-        check_fit(state_dict, unet)
-        super().load_lora_into_unet(state_dict, network_alphas, unet, **kwargs)
-        unet.train(unet.training)  # new layers begin in training mode, in which their dropout draws
-
-    @classmethod
-    def load_lora_into_text_encoder(cls, *args, **kwargs):
-        """Do nothing: a BERT is not what Diffusers expects here."""
-
-    def fuse_lora(self, components=("unet",), *args, **kwargs):
-        """Merge adapters into the weights; arguments as in Diffusers."""
-        super().fuse_lora(components, *args, **kwargs)
-
-    def unfuse_lora(self, components=("unet",), **kwargs):
-        """Take merged adapters out of the weights; arguments as in Diffusers."""
-        super().unfuse_lora(components, **kwargs)
-
-
 def max_tokens(tokenizer, text_encoder) -> int:
     """Return how many tokens of a text, special ones included, the encoder takes."""
     return min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
@@ -147,110 +75,6 @@ def encode_text(text_encoder, tokenizer, texts: Sequence[str], device=None) -> t
     return hidden_states * inputs["attention_mask"].unsqueeze(-1).to(hidden_states.dtype)
 
 
-# Their steps pile up at the terminal timestep, where the noise level of a cosine schedule runs away.
-UNFIT_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas")
-
-
-# These recover the spread of Gaussian data from its best denoiser (tests/test_pipeline_visbio.py).
-SCHEDULERS = (
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "DPMSolverMultistepScheduler",
-    "UniPCMultistepScheduler",
-    "EulerDiscreteScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-)
-
-
-def check_scheduler(scheduler) -> None:
-    """Raise a ValueError with the way out unless the scheduler, as it is set, can sample this kind of model."""
-    config, name = scheduler.config, type(scheduler).__name__
-    prediction_type = config.get("prediction_type")
-    known = any(base.__name__ in SCHEDULERS for base in type(scheduler).__mro__)
-    if not known or prediction_type not in ("epsilon", "sample", "v_prediction"):
-        raise ValueError(
-            f"{name} with prediction_type {prediction_type!r} is for another kind of model: use"
-            f" {', '.join(SCHEDULERS[:4])} or {SCHEDULERS[4]}"
-        )
-    taken = inspect.signature(type(scheduler).__init__).parameters
-    for spacing in UNFIT_SPACINGS:
-        if spacing in taken and config[spacing]:
-            raise ValueError(
-                f"{name} with {spacing} spends its steps where there is nothing but noise: create it with"
-                f" {name}.from_config(pipe.scheduler.config, {spacing}=False)"
-            )
-    if prediction_type == "epsilon" and config.get("rescale_betas_zero_snr"):
-        raise ValueError(
-            "a model that predicts noise (prediction_type 'epsilon') sees no image at zero terminal SNR: create the"
-            f" scheduler with {name}.from_config(pipe.scheduler.config, rescale_betas_zero_snr=False)"
-        )
-
-
-MAX_INIT_SIGMA = 5000.0  # Euler at zero terminal SNR starts at 4096; second-order steps from 20,000 go astray
-
-
-def prepare_timesteps(
-    scheduler,
-    num_inference_steps: int,
-    device: torch.device | None = None,
-    timesteps: list[int] | None = None,
-    sigmas: list[float] | None = None,
-) -> torch.Tensor:
-    """Set the steps of a scheduler that can sample this kind of model.
-
-    Args:
-        scheduler ([`SchedulerMixin`]): one of `SCHEDULERS`.
-        num_inference_steps (`int`): evenly spread as the scheduler is set to.
-        device (`torch.device`, *optional*): of the result.
-        timesteps (`list[int]`, *optional*), sigmas (`list[float]`, *optional*): instead, one or the other, in
-            descending order, where the scheduler takes them.
-
-    Returns:
-        `scheduler.timesteps`, descending.
-
-    Raises:
-        ValueError: if the scheduler does not take custom steps, or cannot sample this kind of model as it is set.
-    """
-    check_scheduler(scheduler)
-    name = type(scheduler).__name__
-    if timesteps is not None and sigmas is not None:
-        raise ValueError("give either `timesteps` or `sigmas`, not both")
-    custom = {"timesteps": timesteps, "sigmas": sigmas}
-    custom = {argument: values for argument, values in custom.items() if values is not None}
-    if not custom and (not isinstance(num_inference_steps, int) or num_inference_steps < 1):
-        raise ValueError(f"`num_inference_steps` must be a whole number from 1, but is {num_inference_steps!r}")
-    for argument in custom:
-        if argument not in inspect.signature(scheduler.set_timesteps).parameters:
-            raise ValueError(f"{name} takes no custom `{argument}`: use num_inference_steps")
-    scheduler.set_timesteps(**(custom or {"num_inference_steps": num_inference_steps}), device=device)
-    sigma = float(scheduler.init_noise_sigma)
-    if sigma > MAX_INIT_SIGMA:
-        raise ValueError(
-            f"{name} would start at noise level {sigma:.0f}, where it goes astray: create it with"
-            f' {name}.from_config(pipe.scheduler.config, timestep_spacing="leading")'
-        )
-    return scheduler.timesteps
-
-
-# In the first step from zero terminal SNR DDIM takes the root of 1 - eta^2, times a positive number, that rounding can
-# bring below 0 at eta 1, depending on the processor: all pixels would be NaN.
-MAX_ETA = 1 - 1e-6
-
-
-def step_arguments(scheduler, eta: float, generator) -> dict:
-    """Return those of the DDIM noise share `eta` (at most a millionth below 1) and `generator` that `step` takes."""
-    takes = inspect.signature(scheduler.step).parameters
-    given = {"eta": min(eta, MAX_ETA), "generator": generator}
-    return {name: value for name, value in given.items() if name in takes}
-
-
 def check_texts(name, texts, allow_empty=False):
     """Raise a ValueError unless `texts` is a text or a non-empty list of texts that say something."""
     if not isinstance(texts, (str, list)) or not all(isinstance(text, str) for text in texts):
@@ -275,23 +99,8 @@ def text_mask(prompt_embeds: torch.Tensor) -> torch.Tensor:
     return (prompt_embeds != 0).any(dim=-1)
 
 
-class VisBioPipeline(SafetensorsMixin, DiffusionPipeline, VisBioLoraLoaderMixin):
-    """Draw biological images from descriptions.
-
-    Args:
-        unet ([`VisBioUNet`] or `UNet2DConditionModel`): denoises pixels; no VAE, "latents" are images in [-1, 1].
-        scheduler ([`SchedulerMixin`]): DDIM, DDPM, DPMSolverMultistep, UniPC or Euler.
-        text_encoder ([`~transformers.PreTrainedModel`]): any BERT whose hidden size is `unet`'s `cross_attention_dim`.
-        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): that encoder's tokenizer.
-
-    Example:
-        ```py
-        >>> from visbio_diffusers import VisBioPipeline
-
-        >>> pipe = VisBioPipeline.from_pretrained("model_cards/visbio-blood-28")
-        >>> pipe("a segmented neutrophil, Wright-Giemsa stain").images[0].save("neutrophil.png")
-        ```
-    """
+class VisBioPipelineMixin(SafetensorsMixin):
+    """Parts, properties and steps of a pipeline in pixel space; stands before `DiffusionPipeline` among the bases."""
 
     model_cpu_offload_seq = "text_encoder->unet"
     _optional_components = ["text_encoder", "tokenizer"]  # who has `prompt_embeds` needs neither
@@ -313,6 +122,11 @@ class VisBioPipeline(SafetensorsMixin, DiffusionPipeline, VisBioLoraLoaderMixin)
         self._interrupt = False
         self._num_timesteps = 0
         self._current_timestep = None
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """Make a pipeline of this class from the parts of another, which they share; arguments as in Diffusers."""
+        return super().from_pipe(pipeline, **{"unet": pipeline.unet, **kwargs})  # a type that Diffusers does not know
 
     @property
     def guidance_scale(self):
@@ -479,6 +293,10 @@ class VisBioPipeline(SafetensorsMixin, DiffusionPipeline, VisBioLoraLoaderMixin)
         Raises:
             ValueError: if a list of generators has not one for each image, or `latents` has another shape.
         """
+        noise = self._prepare_noise(batch_size, height, width, dtype, device, generator, latents)
+        return noise * self.scheduler.init_noise_sigma
+
+    def _prepare_noise(self, batch_size, height, width, dtype, device, generator, latents=None):
         shape = (batch_size, self.unet.config.in_channels, height, width)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"got {len(generator)} generators for {batch_size} images: give one, or one for each")
@@ -486,7 +304,277 @@ class VisBioPipeline(SafetensorsMixin, DiffusionPipeline, VisBioLoraLoaderMixin)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         elif tuple(latents.shape) != shape:
             raise ValueError(f"`latents` must have shape {shape}, but has {tuple(latents.shape)}")
-        return latents.to(device, dtype) * self.scheduler.init_noise_sigma
+        return latents.to(device, dtype)
+
+    def _set_guidance(self, guidance_scale, guidance_rescale, cross_attention_kwargs):
+        self._guidance_scale = guidance_scale
+        self._guidance_rescale = guidance_rescale
+        self._cross_attention_kwargs = cross_attention_kwargs
+        self._interrupt = False
+
+    def _denoise(
+        self,
+        latents,
+        timesteps,
+        prompt_embeds,
+        negative_prompt_embeds,
+        guidance_interval,
+        step_kwargs,
+        callback_on_step_end=None,
+        callback_on_step_end_tensor_inputs=(),
+        after_step=None,
+    ):
+        """Return the latents after the steps; `after_step(step, latents)` may replace them before the callback."""
+        self._num_timesteps = len(timesteps)
+        low, high = (bound * self.scheduler.config.num_train_timesteps for bound in guidance_interval)
+        guided_steps = [self.do_classifier_free_guidance and low <= t <= high for t in timesteps.tolist()]
+        text_caches = {}  # keys and values of the text are computed once
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, (t, guided) in enumerate(zip(timesteps, guided_steps)):
+                if self.interrupt:
+                    continue
+                self._current_timestep = t
+                embeds = torch.cat([negative_prompt_embeds, prompt_embeds]) if guided else prompt_embeds
+                noise_pred = self._predict(latents, t, embeds, guided, text_caches.setdefault(guided, {}))
+                latents = self.scheduler.step(noise_pred, t, latents, **step_kwargs, return_dict=False)[0]
+                if after_step is not None:
+                    latents = after_step(i, latents)
+
+                if callback_on_step_end is not None:
+                    tensors = dict(zip(self._callback_tensor_inputs, (latents, prompt_embeds, negative_prompt_embeds)))
+                    wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    adapted = bool(getattr(self.unet, "peft_config", None))  # whose weights it may change
+                    changed = callback_on_step_end(self, i, t, wanted)
+                    if adapted or getattr(self.unet, "peft_config", None) or set(changed) - {"latents"}:
+                        text_caches = {}
+                    latents = changed.pop("latents", latents)
+                    prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
+                    negative_prompt_embeds = changed.pop("negative_prompt_embeds", negative_prompt_embeds)
+                progress_bar.update()
+        self._current_timestep = None
+        return latents
+
+    def _predict(self, latents, t, embeds, guided, text_cache):
+        """Return the prediction (batch, ...) in float32, guided where `embeds` holds negative and positive ones."""
+        sample = torch.cat([latents] * 2) if guided else latents
+        cached = hasattr(self.unet, "cache_context")  # VisBioUNet; Diffusers' own UNets take no text_cache
+        with self.unet.cache_context("guided" if guided else "unguided") if cached else nullcontext():
+            noise_pred = self.unet(
+                self.scheduler.scale_model_input(sample, t).to(embeds.dtype),
+                t,
+                encoder_hidden_states=embeds,
+                encoder_attention_mask=text_mask(embeds),
+                cross_attention_kwargs=self.cross_attention_kwargs,
+                **({"text_cache": text_cache} if cached else {}),
+                return_dict=False,
+            )[0].float()
+        return self._guide(noise_pred) if guided else noise_pred
+
+    def _guide(self, noise_pred):
+        """Combine the predictions without and with text, (2 batch, ...), to the guided one, (batch, ...)."""
+        noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
+        guided = torch.lerp(noise_pred_uncond, noise_pred_text, self.guidance_scale)
+        if self.guidance_rescale > 0:
+            dims = list(range(1, guided.ndim))
+            ratio = noise_pred_text.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True)
+            guided = guided * torch.lerp(torch.ones_like(ratio), ratio, self.guidance_rescale)
+        return guided
+
+
+def check_fit(state_dict, unet) -> None:
+    """Raise a ValueError naming the first layer of an adapter that `unet` lacks, or has in another size.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`): keys in Diffusers' format, `unet.LAYER.lora_A.weight` and `lora_B`.
+        unet (`torch.nn.Module`): with or without adapters.
+    """
+    layers = dict(unet.named_modules())
+    for key, weight in state_dict.items():
+        part, _, name = key.partition(".")
+        if name and part != "unet":
+            raise ValueError(
+                f"the adapter was made for another model: it holds {key}, and only a `unet` takes adapters"
+            )
+        name = name.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")  # Diffusers' older format
+        name, _, matrix = name.partition(".lora_")
+        if matrix not in ("A.weight", "B.weight"):
+            continue
+        layer = getattr(layers.get(name), "base_layer", layers.get(name))
+        if not hasattr(layer, "weight"):
+            raise ValueError(f"the adapter was made for another model: this one has no layer {name}")
+        own = layer.weight.shape
+        # A is (rank, in, ...), B is (out, rank, ...), of a layer (out, in, ...)
+        sizes = (weight.shape[1:], own[1:]) if matrix == "A.weight" else (weight.shape[:1], own[:1])
+        if sizes[0] != sizes[1]:
+            side = "takes" if matrix == "A.weight" else "gives"
+            raise ValueError(
+                f"the adapter was made for another model: its layer {name} {side} {tuple(sizes[0])} features, "
+                f"this model's {tuple(sizes[1])}"
+            )
+
+
+class VisBioLoraLoaderMixin(StableDiffusionLoraLoaderMixin):
+    """Load, save, fuse and weigh LoRA adapters of the UNet; the text encoder takes none."""
+
+    _lora_loadable_modules = ["unet"]
+
+    @classmethod
+    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict, **kwargs):
+        """Return the weights of an adapter; arguments as in Diffusers.
+
+        A pickle (.bin) is taken only where its name is given, or with `use_safetensors=False`; of it torch loads
+        tensors alone.
+        """
+        named = kwargs.get("weight_name") or str(pretrained_model_name_or_path_or_dict).endswith(".bin")
+        if kwargs.get("use_safetensors") is None and not named:
+            kwargs["use_safetensors"] = True
+        return super().lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
+
+    @classmethod
+    def load_lora_into_unet(cls, state_dict, network_alphas, unet, **kwargs):
+        """Add an adapter to the UNet; arguments as in Diffusers.
+
+        Raises:
+            ValueError: if the adapter was made for another model; the message names the layer.
+        """
+        check_fit(state_dict, unet)
+        super().load_lora_into_unet(state_dict, network_alphas, unet, **kwargs)
+        unet.train(unet.training)  # new layers begin in training mode, in which their dropout draws
+
+    @classmethod
+    def load_lora_into_text_encoder(cls, *args, **kwargs):
+        """Do nothing: a BERT is not what Diffusers expects here."""
+
+    def fuse_lora(self, components=("unet",), *args, **kwargs):
+        """Merge adapters into the weights; arguments as in Diffusers."""
+        super().fuse_lora(components, *args, **kwargs)
+
+    def unfuse_lora(self, components=("unet",), **kwargs):
+        """Take merged adapters out of the weights; arguments as in Diffusers."""
+        super().unfuse_lora(components, **kwargs)
+
+
+# Their steps pile up at the terminal timestep, where the noise level of a cosine schedule runs away.
+UNFIT_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas")
+
+
+# These recover the spread of Gaussian data from its best denoiser (tests/test_pipeline_visbio.py).
+SCHEDULERS = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+)
+
+
+def check_scheduler(scheduler) -> None:
+    """Raise a ValueError with the way out unless the scheduler, as it is set, can sample this kind of model."""
+    config, name = scheduler.config, type(scheduler).__name__
+    prediction_type = config.get("prediction_type")
+    known = any(base.__name__ in SCHEDULERS for base in type(scheduler).__mro__)
+    if not known or prediction_type not in ("epsilon", "sample", "v_prediction"):
+        raise ValueError(
+            f"{name} with prediction_type {prediction_type!r} is for another kind of model: use"
+            f" {', '.join(SCHEDULERS[:4])} or {SCHEDULERS[4]}"
+        )
+    taken = inspect.signature(type(scheduler).__init__).parameters
+    for spacing in UNFIT_SPACINGS:
+        if spacing in taken and config[spacing]:
+            raise ValueError(
+                f"{name} with {spacing} spends its steps where there is nothing but noise: create it with"
+                f" {name}.from_config(pipe.scheduler.config, {spacing}=False)"
+            )
+    if prediction_type == "epsilon" and config.get("rescale_betas_zero_snr"):
+        raise ValueError(
+            "a model that predicts noise (prediction_type 'epsilon') sees no image at zero terminal SNR: create the"
+            f" scheduler with {name}.from_config(pipe.scheduler.config, rescale_betas_zero_snr=False)"
+        )
+
+
+MAX_INIT_SIGMA = 5000.0  # Euler at zero terminal SNR starts at 4096; second-order steps from 20,000 go astray
+
+
+def prepare_timesteps(
+    scheduler,
+    num_inference_steps: int,
+    device: torch.device | None = None,
+    timesteps: list[int] | None = None,
+    sigmas: list[float] | None = None,
+) -> torch.Tensor:
+    """Set the steps of a scheduler that can sample this kind of model.
+
+    Args:
+        scheduler ([`SchedulerMixin`]): one of `SCHEDULERS`.
+        num_inference_steps (`int`): evenly spread as the scheduler is set to.
+        device (`torch.device`, *optional*): of the result.
+        timesteps (`list[int]`, *optional*), sigmas (`list[float]`, *optional*): instead, one or the other, in
+            descending order, where the scheduler takes them.
+
+    Returns:
+        `scheduler.timesteps`, descending.
+
+    Raises:
+        ValueError: if the scheduler does not take custom steps, or cannot sample this kind of model as it is set.
+    """
+    check_scheduler(scheduler)
+    name = type(scheduler).__name__
+    if timesteps is not None and sigmas is not None:
+        raise ValueError("give either `timesteps` or `sigmas`, not both")
+    custom = {"timesteps": timesteps, "sigmas": sigmas}
+    custom = {argument: values for argument, values in custom.items() if values is not None}
+    if not custom and (not isinstance(num_inference_steps, int) or num_inference_steps < 1):
+        raise ValueError(f"`num_inference_steps` must be a whole number from 1, but is {num_inference_steps!r}")
+    for argument in custom:
+        if argument not in inspect.signature(scheduler.set_timesteps).parameters:
+            raise ValueError(f"{name} takes no custom `{argument}`: use num_inference_steps")
+    scheduler.set_timesteps(**(custom or {"num_inference_steps": num_inference_steps}), device=device)
+    sigma = float(scheduler.init_noise_sigma)
+    if sigma > MAX_INIT_SIGMA:
+        raise ValueError(
+            f"{name} would start at noise level {sigma:.0f}, where it goes astray: create it with"
+            f' {name}.from_config(pipe.scheduler.config, timestep_spacing="leading")'
+        )
+    return scheduler.timesteps
+
+
+# In the first step from zero terminal SNR DDIM takes the root of 1 - eta^2, times a positive number, that rounding can
+# bring below 0 at eta 1, depending on the processor: all pixels would be NaN.
+MAX_ETA = 1 - 1e-6
+
+
+def step_arguments(scheduler, eta: float, generator) -> dict:
+    """Return those of the DDIM noise share `eta` (at most a millionth below 1) and `generator` that `step` takes."""
+    takes = inspect.signature(scheduler.step).parameters
+    given = {"eta": min(eta, MAX_ETA), "generator": generator}
+    return {name: value for name, value in given.items() if name in takes}
+
+
+class VisBioPipeline(VisBioPipelineMixin, DiffusionPipeline, VisBioLoraLoaderMixin):
+    """Draw biological images from descriptions.
+
+    Args:
+        unet ([`VisBioUNet`] or `UNet2DConditionModel`): denoises pixels; no VAE, "latents" are images in [-1, 1].
+        scheduler ([`SchedulerMixin`]): DDIM, DDPM, DPMSolverMultistep, UniPC or Euler.
+        text_encoder ([`~transformers.PreTrainedModel`]): any BERT whose hidden size is `unet`'s `cross_attention_dim`.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): that encoder's tokenizer.
+
+    Example:
+        ```py
+        >>> from visbio_diffusers import VisBioPipeline
+
+        >>> pipe = VisBioPipeline.from_pretrained("model_cards/visbio-blood-28")
+        >>> pipe("a segmented neutrophil, Wright-Giemsa stain").images[0].save("neutrophil.png")
+        ```
+    """
 
     @torch.no_grad()
     def __call__(
@@ -565,10 +653,7 @@ class VisBioPipeline(SafetensorsMixin, DiffusionPipeline, VisBioLoraLoaderMixin)
             negative_prompt_embeds,
             callback_on_step_end_tensor_inputs,
         )
-        self._guidance_scale = guidance_scale
-        self._guidance_rescale = guidance_rescale
-        self._cross_attention_kwargs = cross_attention_kwargs
-        self._interrupt = False
+        self._set_guidance(guidance_scale, guidance_rescale, cross_attention_kwargs)
         device = self._execution_device
 
         # 2. Encode prompts
@@ -584,67 +669,25 @@ class VisBioPipeline(SafetensorsMixin, DiffusionPipeline, VisBioLoraLoaderMixin)
 
         # 3. Prepare timesteps
         timesteps = prepare_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
-        self._num_timesteps = len(timesteps)
-        low, high = (bound * self.scheduler.config.num_train_timesteps for bound in guidance_interval)
-        guided_steps = [self.do_classifier_free_guidance and low <= t <= high for t in timesteps.tolist()]
 
         # 4. Prepare latents: noise in pixel space, always float32, for multistep schedulers add up rounding errors
         latents = self.prepare_latents(
             prompt_embeds.shape[0], height, width, torch.float32, device, generator, latents
         )
-        step_kwargs = step_arguments(self.scheduler, eta, generator)
 
-        # 5. Denoise; keys and values of the text are computed once
-        text_caches = {}
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for i, (t, guided) in enumerate(zip(timesteps, guided_steps)):
-                if self.interrupt:
-                    continue
-                self._current_timestep = t
-                embeds = torch.cat([negative_prompt_embeds, prompt_embeds]) if guided else prompt_embeds
-                noise_pred = self._predict(latents, t, embeds, guided, text_caches.setdefault(guided, {}))
-                latents = self.scheduler.step(noise_pred, t, latents, **step_kwargs, return_dict=False)[0]
-
-                if callback_on_step_end is not None:
-                    tensors = dict(zip(self._callback_tensor_inputs, (latents, prompt_embeds, negative_prompt_embeds)))
-                    wanted = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    adapted = bool(getattr(self.unet, "peft_config", None))  # whose weights it may change
-                    changed = callback_on_step_end(self, i, t, wanted)
-                    if adapted or getattr(self.unet, "peft_config", None) or set(changed) - {"latents"}:
-                        text_caches = {}
-                    latents = changed.pop("latents", latents)
-                    prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
-                    negative_prompt_embeds = changed.pop("negative_prompt_embeds", negative_prompt_embeds)
-                progress_bar.update()
-        self._current_timestep = None
+        # 5. Denoise
+        latents = self._denoise(
+            latents,
+            timesteps,
+            prompt_embeds,
+            negative_prompt_embeds,
+            guidance_interval,
+            step_arguments(self.scheduler, eta, generator),
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
 
         # 6. Images
         image = self.image_processor.postprocess(latents, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=image) if return_dict else (image,)
-
-    def _predict(self, latents, t, embeds, guided, text_cache):
-        """Return the prediction (batch, ...) in float32, guided where `embeds` holds negative and positive ones."""
-        sample = torch.cat([latents] * 2) if guided else latents
-        cached = hasattr(self.unet, "cache_context")  # VisBioUNet; Diffusers' own UNets take no text_cache
-        with self.unet.cache_context("guided" if guided else "unguided") if cached else nullcontext():
-            noise_pred = self.unet(
-                self.scheduler.scale_model_input(sample, t).to(embeds.dtype),
-                t,
-                encoder_hidden_states=embeds,
-                encoder_attention_mask=text_mask(embeds),
-                cross_attention_kwargs=self.cross_attention_kwargs,
-                **({"text_cache": text_cache} if cached else {}),
-                return_dict=False,
-            )[0].float()
-        return self._guide(noise_pred) if guided else noise_pred
-
-    def _guide(self, noise_pred):
-        """Combine the predictions without and with text, (2 batch, ...), to the guided one, (batch, ...)."""
-        noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)
-        guided = torch.lerp(noise_pred_uncond, noise_pred_text, self.guidance_scale)
-        if self.guidance_rescale > 0:
-            dims = list(range(1, guided.ndim))
-            ratio = noise_pred_text.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True)
-            guided = guided * torch.lerp(torch.ones_like(ratio), ratio, self.guidance_rescale)
-        return guided
