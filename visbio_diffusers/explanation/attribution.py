@@ -160,7 +160,11 @@ def attribute_words(pipe, prompt: str | Sequence[str], **call: Any) -> list[Attr
     """Draw images as `pipe(prompt, **call)` does, each with maps of where its words were read.
 
     A map says which pixels asked a word while they were denoised. That is where a word was read, which need not be
-    what it did: the text also enters by FiLM, at all places at once, and the tokens have read one another before.
+    what it did: the text also enters by FiLM, at all places at once, and the tokens have read one another before. In
+    visbio-blood-28 (7 x 7 places) the map of the cell's name does lie on the cell, but no better than one of another
+    seed would: over 16 images of 8 classes, seeds 0 to 15, it ranks the cell's pixels (Otsu's threshold of saturation
+    less brightness) above the others with an AUC of 0.93; another seed's map of the same word reaches 0.94, a centred
+    Gaussian 0.98, other words of the prompt 0.40.
 
     Args:
         pipe (`VisBioPipeline`): or a pipeline of Diffusers with a `UNet2DConditionModel` and one text encoder; with
