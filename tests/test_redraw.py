@@ -138,9 +138,13 @@ def test_redrawn_gaussian_data_keeps_mean_and_spread(name, strength):
     assert sample.mean().item() == pytest.approx(MEAN, abs=0.015)
 
 
-def test_weaker_redrawing_stays_closer_to_the_image():
-    near = [torch.corrcoef(torch.stack(_redrawn(BASE, 60, s)).flatten(1))[0, 1].item() for s in (0.1, 0.3, 0.6, 0.9)]
-    assert near[0] > 0.95 and near == sorted(near, reverse=True) and near[3] < 0.5
+@pytest.mark.parametrize("strength", [0.1, 0.3, 0.6, 0.9])
+def test_weaker_redrawing_stays_closer_to_the_image(strength):
+    """DDIM is linear here, so that the result correlates with the image as the noised image does."""
+    correlation = torch.corrcoef(torch.stack(_redrawn(BASE, 50, strength)).flatten(1))[0, 1].item()
+    alpha = ALPHAS[int(1000 * strength) - 1]
+    expected = alpha**0.5 * SPREAD / (alpha * SPREAD**2 + 1 - alpha) ** 0.5
+    assert correlation == pytest.approx(expected, abs=0.02)
 
 
 @pytest.mark.parametrize("name", FROM_NOISE)
