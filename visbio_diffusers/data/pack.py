@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import logging
 import shutil
 import tarfile
 import tempfile
@@ -29,9 +28,6 @@ from visbio_diffusers.data.pools import plain_caption
 from visbio_diffusers.data.shards import MANIFEST
 from visbio_diffusers.data.webdataset import IMAGES, index_shard, write_index
 from visbio_diffusers.files import PREFIX, digest, whole_file
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +81,13 @@ def pack_shards(dataset: ImageDataset, folder: str | Path, packing: Packing, num
 def _pack(dataset: ImageDataset, folder: Path, packing: Packing, num_workers: int) -> dict[str, Any]:
     for leftover in folder.glob(f"{PREFIX}*"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    manifest = _begin(dataset, folder / MANIFEST, packing)
+    bank = None if dataset.bank is None else load_bank(dataset.bank)
+    manifest = _begin(dataset, bank, folder / MANIFEST, packing)
     order = np.random.default_rng(0).permutation(len(dataset))
     size = packing.samples_per_shard
     parts = [order[start : start + size] for start in range(0, len(order), size)]
     done = {entry["file"] for entry in manifest["shards"]}
     missing = {number: rows for number, rows in enumerate(parts) if _file_name(number) not in done}
-    bank = None if dataset.bank is None else load_bank(dataset.bank)
     packed = sum(entry["num_samples"] for entry in manifest["shards"])
     bar = tqdm(desc="packing", total=len(order), unit="image", initial=packed)
     with bar, ThreadPoolExecutor(num_workers) as pool:
@@ -115,7 +111,7 @@ def _pack(dataset: ImageDataset, folder: Path, packing: Packing, num_workers: in
     return {**manifest, "complete": True}
 
 
-def _begin(dataset: ImageDataset, path: Path, packing: Packing) -> dict[str, Any]:
+def _begin(dataset: ImageDataset, bank: CaptionBank | None, path: Path, packing: Packing) -> dict[str, Any]:
     """Return the manifest of a packing to go on with, or a new one."""
     shipped = dataset.bank is not None and dataset.bank in available_banks()
     manifest = {
@@ -128,7 +124,7 @@ def _begin(dataset: ImageDataset, path: Path, packing: Packing) -> dict[str, Any
             **asdict(packing),
             "images": len(dataset),
             "resolution": dataset.resolution,
-            "said": _said(dataset),
+            "said": _said(dataset, bank),
         },
         "complete": False,
         "shards": [],
@@ -146,9 +142,9 @@ def _begin(dataset: ImageDataset, path: Path, packing: Packing) -> dict[str, Any
     return {**found, "complete": False, "shards": whole}
 
 
-def _said(dataset: ImageDataset) -> str:
+def _said(dataset: ImageDataset, bank: CaptionBank | None) -> str:
     """Return a digest of all labels, subtypes and captions, and of the words of a bank."""
-    found = hashlib.sha256(repr(None if dataset.bank is None else load_bank(dataset.bank)).encode())
+    found = hashlib.sha256(repr(bank).encode())
     for column in (dataset.labels, dataset.subtypes, dataset.captions):
         found.update(column.tobytes() if isinstance(column, np.ndarray) else b"|")
         for text in column if column is not None and not isinstance(column, np.ndarray) else ():
