@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -173,3 +174,20 @@ def test_model_index_names_our_library(tiny_pipeline_dir):
 
 def test_import_adds_little_to_that_of_diffusers(new_process):
     assert new_process[0]["seconds"] < 0.3
+
+
+def test_auto_pipelines_find_ours_for_each_task(tiny_pipeline_dir):
+    pipe = diffusers.AutoPipelineForText2Image.from_pretrained(tiny_pipeline_dir)
+    redraw = diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
+    inpaint = diffusers.AutoPipelineForInpainting.from_pipe(redraw)
+    found = [type(each).__name__ for each in (pipe, redraw, inpaint)]
+    assert found == ["VisBioPipeline", "VisBioImg2ImgPipeline", "VisBioInpaintPipeline"]
+    assert inpaint.unet is redraw.unet is pipe.unet
+    assert type(diffusers.AutoPipelineForText2Image.from_pipe(inpaint)).__name__ == "VisBioPipeline"
+
+
+def test_no_pickle_is_written(tiny_pipeline, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path, safe_serialization=False)
+    assert not [file for file in tmp_path.rglob("*") if file.suffix in (".bin", ".pt", ".pth", ".pkl")]
+    loaded = VisBioPipeline.from_pretrained(tmp_path)
+    assert all(map(torch.equal, loaded.unet.parameters(), tiny_pipeline.unet.parameters()))

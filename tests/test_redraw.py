@@ -268,6 +268,14 @@ def test_callback_sees_the_known_pixels_and_may_end_the_drawing(inpaint):
     torch.testing.assert_close(seen[0][2][0][:, known], expected[:, known], atol=1e-5, rtol=1e-5)
 
 
+def test_latents_are_those_of_the_last_callback(inpaint):
+    def blacken(pipe, step, timestep, tensors):
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == 2 else {}
+
+    options = {"num_inference_steps": 3, "callback_on_step_end": blacken, "output_type": "latent"}
+    assert not inpaint("a cell", _picture(), _mask(), **options).images.any()
+
+
 def test_parts_are_shared_saved_and_loaded(tiny_pipeline, tiny_pipeline_dir, tmp_path):
     expected = None
     for cls, settings in ((VisBioImg2ImgPipeline, {}), (VisBioInpaintPipeline, {"mask_image": _mask()})):

@@ -2,12 +2,13 @@
 
 They are private API of Diffusers, which is why pyproject.toml bounds its version. With them `model_index.json` holds
 `["visbio_diffusers", "VisBioUNet"]`, and `DiffusionPipeline.from_pretrained` and `diffusers.AutoModel` load our
-folders and Hub repos without `trust_remote_code`, and the caches that skip transformer blocks know ours.
+folders and Hub repos without `trust_remote_code`, Diffusers' auto pipelines find ours for each task, and the caches
+that skip transformer blocks know our blocks.
 """
 
 import diffusers
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.pipelines import pipeline_loading_utils
+from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
 
 
 LIBRARY = "visbio_diffusers"
@@ -28,5 +29,8 @@ def register(package, classes):
     for each in classes:
         setattr(diffusers, each.__name__, each)
         setattr(diffusers.pipelines, each.__name__, each)
+    auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["visbio"] = package.VisBioPipeline
+    auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING["visbio"] = package.VisBioImg2ImgPipeline
+    auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING["visbio"] = package.VisBioInpaintPipeline
     block = package.models.attention_visbio.VisBioTransformerBlock
     TransformerBlockRegistry.register(block, TransformerBlockMetadata(return_hidden_states_index=0))

@@ -279,6 +279,26 @@ def find_reward(spec: str, device: str = "cpu") -> Reward:
     return _combined(spec, parts, lambda scores: sum(w * each for w, each in zip(weights, scores)))
 
 
+@torch.no_grad()
+def score_images(reward: Reward, images: np.ndarray, prompts: Sequence[str], batch_size: int = 64) -> np.ndarray:
+    """Return what images are worth, `(n,)`.
+
+    Args:
+        reward (`Reward`): from [`find_reward`], on the CPU.
+        images (`np.ndarray`): uint8 `(n, height, width, channels)`.
+        prompts (`Sequence[str]`): n texts.
+        batch_size (`int`): images at once.
+
+    Raises:
+        ValueError: if the reward fails.
+    """
+    scores = []
+    for start in range(0, len(images), batch_size):
+        pixels = torch.as_tensor(images[start : start + batch_size]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        scores.append(reward.score(pixels, prompts[start : start + batch_size]))
+    return torch.cat(scores).double().numpy()
+
+
 def _combined(spec: str, parts: list[Reward], combine) -> Reward:
     digests = tuple(each for part in parts for each in part.sha256)
     score = lambda images, prompts: combine([part.score(images, prompts) for part in parts])  # noqa: E731

@@ -3,6 +3,7 @@
 Shapes in trailing comments: B batch, C channels, H x W pixels, N image tokens, L text tokens, D token width.
 """
 
+import logging
 import math
 
 import torch
@@ -21,6 +22,9 @@ from torch import nn
 from visbio_diffusers.models.attention_visbio import VisBioTextBlock, VisBioTransformerBlock
 from visbio_diffusers.models.lora_scales import layer_scales
 from visbio_diffusers.models.safetensors_mixin import SafetensorsMixin
+
+
+logger = logging.getLogger(__name__)
 
 
 class VisBioResnetBlock(nn.Module):
@@ -187,6 +191,22 @@ class VisBioUNet(SafetensorsMixin, ModelMixin, AttentionMixin, ConfigMixin, Peft
             if isinstance(module, (VisBioTransformerBlock, VisBioResnetBlock)):
                 nn.init.zeros_(module.film.weight)
                 nn.init.zeros_(module.film.bias)
+
+    def save_pretrained(
+        self,
+        save_directory,
+        is_main_process=True,
+        save_function=None,
+        safe_serialization=True,
+        variant=None,
+        max_shard_size="10GB",
+        **kwargs,
+    ):
+        """Save to a folder; arguments as in Diffusers, but that no pickle is written without `safe_serialization`."""
+        if not safe_serialization:
+            logger.warning("weights are saved as .safetensors all the same: a pickle can run code when it is loaded")
+        args = save_directory, is_main_process, save_function, True, variant, max_shard_size
+        super().save_pretrained(*args, **kwargs)
 
     def set_adapters(self, adapter_names, weights=None):
         """Activate LoRA adapters with their weights.

@@ -23,7 +23,6 @@ class VisBioPipelineMixin(SafetensorsMixin):
     """Parts, properties and steps of a pipeline in pixel space; stands before `DiffusionPipeline` among the bases."""
 
     model_cpu_offload_seq = "text_encoder->unet"
-    _optional_components = ["text_encoder", "tokenizer"]  # who has `prompt_embeds` needs neither
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
 
     def __init__(

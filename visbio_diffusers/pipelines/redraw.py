@@ -120,7 +120,7 @@ class VisBioRedrawMixin(VisBioPipelineMixin):
     def _show(self, latents, pixels, mask, output_type):
         """Return latents as images, with the given pixels themselves where the mask is False."""
         if output_type == "latent":
-            return latents if mask is None else torch.where(mask, latents, 2 * pixels - 1)
+            return latents  # as the last callback left them
         images = self.image_processor.postprocess(latents, output_type="pt")
         images = images if mask is None else torch.where(mask, images, pixels)
         if output_type == "pt":

@@ -8,6 +8,7 @@ visbio_diffusers/models/safetensors_mixin.py
 visbio_diffusers/models/unet_visbio.py
 """
 
+import logging
 import math
 import torch
 import torch.nn.functional as F
@@ -317,6 +318,9 @@ class VisBioUpBlock(nn.Module):
         return hidden_states
 
 
+logger = logging.getLogger(__name__)
+
+
 class VisBioUNet(SafetensorsMixin, ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     """Denoise images given text: a convolutional U-Net whose lowest resolution is a transformer.
 
@@ -399,6 +403,22 @@ class VisBioUNet(SafetensorsMixin, ModelMixin, AttentionMixin, ConfigMixin, Peft
             if isinstance(module, (VisBioTransformerBlock, VisBioResnetBlock)):
                 nn.init.zeros_(module.film.weight)
                 nn.init.zeros_(module.film.bias)
+
+    def save_pretrained(
+        self,
+        save_directory,
+        is_main_process=True,
+        save_function=None,
+        safe_serialization=True,
+        variant=None,
+        max_shard_size="10GB",
+        **kwargs,
+    ):
+        """Save to a folder; arguments as in Diffusers, but that no pickle is written without `safe_serialization`."""
+        if not safe_serialization:
+            logger.warning("weights are saved as .safetensors all the same: a pickle can run code when it is loaded")
+        args = save_directory, is_main_process, save_function, True, variant, max_shard_size
+        super().save_pretrained(*args, **kwargs)
 
     def set_adapters(self, adapter_names, weights=None):
         """Activate LoRA adapters with their weights.
