@@ -18,7 +18,7 @@ from PIL import Image
 
 
 ROOT = Path(__file__).parents[1]
-CELL_SECONDS = 900  # on a busy machine
+CELL_SECONDS = 3600  # of a kernel that hangs, on a busy machine
 
 
 def execute(file: Path, folder: Path, **environment: str) -> nbformat.NotebookNode:

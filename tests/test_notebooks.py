@@ -75,16 +75,22 @@ def test_code_parses_and_is_formatted(file):
         subprocess.run([sys.executable, "-m", "ruff", *command, str(file)], cwd=ROOT, check=True)
 
 
-@each_notebook
-def test_outputs_are_of_one_run_and_name_no_machine(file):
-    notebook = nbformat.read(file, as_version=4)
+def check_outputs(notebook):
+    """Assert that each cell ran, in order and without error, and that no output names a place on the machine."""
     assert [cell.execution_count for cell in code_cells(notebook)] == [*range(1, len(code_cells(notebook)) + 1)]
-    assert not any("execution" in cell.metadata for cell in notebook.cells)
     for output in outputs(notebook):
         assert output.output_type != "error"
         assert not MACHINE.search(texts(output)), texts(output)
         assert "\r" not in texts(output)
     assert len(pictures(notebook)) >= 5
+
+
+@each_notebook
+def test_outputs_are_of_one_run_and_name_no_machine(file):
+    notebook = nbformat.read(file, as_version=4)
+    assert not any("execution" in cell.metadata for cell in notebook.cells)
+    if outputs(notebook) or any(cell.execution_count for cell in code_cells(notebook)):
+        check_outputs(notebook)
 
 
 @pytest.mark.slow
@@ -94,9 +100,8 @@ def test_runs_within_five_minutes(file, tmp_path, visbio_data):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     notebook = execute(file, tmp_path, VISBIO_DATA=str(visbio_data))
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    check_outputs(notebook)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= CPU_SECONDS
-    committed = nbformat.read(file, as_version=4)
-    assert len(pictures(notebook)) == len(pictures(committed))
 
 
 @pytest.mark.slow
