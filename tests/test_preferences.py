@@ -146,3 +146,40 @@ def test_an_adapter_learns_what_is_preferred(pairs, tiny_pipeline_dir, tmp_path)
     )
     resumed = load_file(tmp_path / "stopped" / "checkpoint-0000030" / "model.safetensors")
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def test_a_reward_judges_pairs_and_measures_an_adapter_that_learned_from_them(tiny_pipeline_dir, tmp_path, capsys):
+    def measure(name, config_class, *flags):
+        script = runpy.run_path(str(ROOT / "train_scripts" / name))
+        return script["main"](script["parse"](script[config_class], {}, [*map(str, flags), "--num_processes", "1"]))
+
+    model, prompts = ("--model", tiny_pipeline_dir), tmp_path / "prompts.txt"
+    prompts.write_text("a cell\na nucleus\na vessel\n")
+    asked = (*model, "--prompts", prompts, "--reward", "brightness", "--output_dir", tmp_path / "pairs")
+    assert measure("draw_pairs.py", "PairsConfig", *asked, "--num_pairs", 5) == 0
+    pairs = tmp_path / "pairs" / "pairs.jsonl"
+    found = load_preferences(pairs, 8)
+    assert len(found.prompts) == 5 and set(found.prompts) == {"a cell", "a nucleus", "a vessel"}
+    assert (found.better.mean(axis=(1, 2, 3)) >= found.worse.mean(axis=(1, 2, 3))).all()
+    assert json.loads(pairs.read_text().splitlines()[0])["who"] == "brightness"
+    with pytest.raises(ValueError, match="is there already: choose another --output_dir"):
+        measure("draw_pairs.py", "PairsConfig", *asked)
+
+    flags = ("--pretrained_model_name_or_path", tiny_pipeline_dir, "--output_dir", tmp_path / "run")
+    run("train_dpo_lora.py", "--preferences", pairs, *flags, "--max_train_steps", 2, "--train_batch_size", 4)
+    output = tmp_path / "gain.json"
+    asked = (*model, "--loras", f"dpo={tmp_path}/run/lora", "--rewards", "brightness", "--output", output)
+    assert measure("evaluate_reward.py", "EvaluateRewardConfig", *asked, "--num_images_per_prompt", 1) == 0
+    entry = json.loads(output.read_text())["rewards"]["brightness"]
+    assert entry["dpo"]["gain"]["n"] == 88 and 0 < entry["base"]["mean"] < 1 and output.with_suffix(".png").exists()
+    assert entry["dpo"]["above_median"] == pytest.approx(0.5 + entry["dpo"]["more_above_median"]["value"])
+    assert "brightness, dpo: " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="loras are given as name=folder"):
+        measure("evaluate_reward.py", "EvaluateRewardConfig", "--loras", "dpo", "--rewards", "brightness", "--output", output)
+
+
+def test_choices_follow_the_scores():
+    choose = runpy.run_path(str(ROOT / "train_scripts" / "draw_pairs.py"))["choose"]
+    scores, rng = np.tile([[0.0, 1.0]], (4000, 1)), np.random.default_rng(0)
+    assert (choose(scores, 0, rng) == 1).all() and (choose(scores[:, ::-1], 0, rng) == 0).all()
+    assert choose(scores, 2.0, rng).mean() == pytest.approx(1 / (1 + np.exp(-1 / 2)), abs=0.03)
