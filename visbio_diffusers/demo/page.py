@@ -36,6 +36,14 @@ CSS = """
 .pixels img {image-rendering: pixelated; object-fit: contain}
 .facts, .facts p, .facts code {font-size: 0.82rem; overflow-wrap: anywhere}
 """
+MAPS = (
+    "**Where each word was read**, a row for each image: red places asked the word more than the average place did, "
+    "blue ones less. Where a word was read need not be what it did."
+)
+NEIGHBOURS = (
+    "**The nearest real images** of {name}, by pixels, below the drawn ones; how far apart they are is the root mean "
+    "square difference in grey levels, of 255."
+)
 NOTICE = "**All drawn images are synthetic. For research and teaching; not for clinical use.**"
 
 
@@ -73,35 +81,40 @@ def build_page(models: Models, votes: Path | None, folder: Path):
 
 def _draw_tab(gr, models: Models, shelf: _Shelf) -> None:
     gr.Markdown("Each image starts from the noise of its own seed; the same seed and words draw the same image.")
+    with gr.Row(equal_height=True):
+        prompt = gr.Textbox(models.examples[0], label="Prompt", scale=5)
+        button = gr.Button("Draw", variant="primary", min_width=120)
+    _examples(gr, models, prompt)
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
-            prompt = gr.Textbox(models.examples[0], label="Prompt", lines=2)
-            gr.Examples([[text] for text in models.examples], prompt, label="Examples", examples_per_page=12)
             with gr.Row():
                 count = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images")
                 seed = gr.Number(0, label="First seed", precision=0, minimum=0, maximum=MAX_SEED)
             steps, guidance = _step_sliders(gr)
+            scheduler = gr.Dropdown(list(SCHEDULERS), value=OWN_SCHEDULER, label="Scheduler")
             with gr.Row():
-                scheduler = gr.Dropdown(list(SCHEDULERS), value=OWN_SCHEDULER, label="Scheduler")
                 adapter = gr.Dropdown(models.adapters, value=NO_ADAPTER, label="LoRA adapter")
                 scale = gr.Slider(0, MAX_SCALE, 1, step=0.05, label="LoRA scale")
             maps = gr.Checkbox(False, label="Show where each word was read")
             near = gr.Checkbox(False, label="Show the nearest real images", visible=models.reference is not None)
-            button = gr.Button("Draw", variant="primary")
         with gr.Column(scale=3, min_width=360):
-            images = _gallery(gr, "Images (save: the arrow above one, or all of them)", 4)
+            images = _gallery(gr, 4)
             facts = gr.Markdown(elem_classes="facts")
-            sheet = _picture(gr, "Red places read the word more than the average place, blue ones less")
-            real = _picture(gr, "Drawn images above the nearest real ones, by pixels (levels of 255)")
+            sheet, real = _picture(gr), _picture(gr)
 
     @_answering(gr)
     def draw(*values):
         drawing = draw_images(models, *values)
         _warn(gr, drawing.warnings)
         captions = [f"seed {record['seed']}" for record in drawing.records]
+        said = [_facts(drawing.records[0])]
+        if drawing.word_maps:
+            said.append(MAPS)
+        if drawing.neighbours:
+            said.append(NEIGHBOURS.format(name=models.reference.name))
         return (
             shelf.put(drawing.images, drawing.records, captions),
-            _facts(drawing.records[0]),
+            "\n\n".join(said),
             gr.update(value=drawing.word_maps, visible=drawing.word_maps is not None),
             gr.update(value=drawing.neighbours, visible=drawing.neighbours is not None),
         )
@@ -116,16 +129,17 @@ def _describe_tab(gr, models: Models) -> None:
         with gr.Column(scale=2, min_width=320):
             file = _upload(gr)
             button = gr.Button("Describe", variant="primary")
-            seen = gr.Image(label="What the model sees", format="png", height=240, elem_classes="pixels", buttons=[])
+            gr.Markdown("What the model sees:")
+            seen = gr.Image(show_label=False, format="png", height=240, elem_classes="pixels", buttons=[])
         with gr.Column(scale=3, min_width=360):
             verdict = gr.Markdown()
-            label = gr.Label(label="Probabilities", num_top_classes=5, show_heading=False)
+            label = gr.Label(show_label=False, num_top_classes=5, show_heading=False)
 
     @_answering(gr)
     def describe(path):
         said = describe_upload(models, path)
         best, probability = next(iter(said.probabilities.items()))
-        text = f"### {best}\n{probability:.0%} by `{models.encoder.name}`, if it is one of what this model knows."
+        text = f"### {best}\n{probability:.0%}, says `{models.encoder.name}`, among the captions that it knows."
         if said.doubt:
             text = f"### none of these\n{said.doubt}; the nearest would be {best}."
         return said.seen, text, {} if said.doubt else said.probabilities
@@ -151,7 +165,7 @@ def _redraw_tab(gr, models: Models, shelf: _Shelf) -> None:
                 target = gr.Textbox(models.examples[-1], label="It is to show")
                 change = gr.Button("Edit", variant="primary")
         with gr.Column(scale=3, min_width=360):
-            images = _gallery(gr, "What the model sees, and what it drew of it", 2)
+            images = _gallery(gr, 2)
             facts = gr.Markdown(elem_classes="facts")
 
     @_answering(gr)
@@ -183,9 +197,9 @@ def _votes_tab(gr, models: Models, shelf: _Shelf, votes: Path) -> None:
     with gr.Row():
         prompt = gr.Textbox(models.examples[0], label="Prompt", scale=3)
         who = gr.Textbox(label="Nickname (may be empty)", max_length=MAX_NAME, scale=1)
-    gr.Examples([[text] for text in models.examples], prompt, label="Examples", examples_per_page=12)
+    _examples(gr, models, prompt)
     button = gr.Button("Draw a pair", variant="primary")
-    images = _gallery(gr, "Left and right", 2, height=360)
+    images = _gallery(gr, 2)
     with gr.Row():
         texts = {"left": "Left is better", "skip": "Skip", "right": "Right is better"}
         buttons = {choice: gr.Button(text) for choice, text in texts.items()}
@@ -236,10 +250,14 @@ def _warn(gr, warnings: list[str]) -> None:
         gr.Warning(text)
 
 
+def _examples(gr, models: Models, prompt) -> None:
+    gr.Examples([[text] for text in models.examples], prompt, label="Examples", examples_per_page=16)
+
+
 def _step_sliders(gr):
     with gr.Row():
-        steps = gr.Slider(1, MAX_STEPS, 25, step=1, label="Denoising steps")
-        guidance = gr.Slider(1, MAX_GUIDANCE, 1.35, step=0.05, label="Guidance (weight of the text, 1 is off)")
+        steps = gr.Slider(1, MAX_STEPS, 25, step=1, label="Steps")
+        guidance = gr.Slider(1, MAX_GUIDANCE, 1.35, step=0.05, label="Guidance (1 is off)")
     return steps, guidance
 
 
@@ -247,16 +265,15 @@ def _upload(gr):
     return gr.File(label="Image: PNG, JPEG, TIFF, ...", file_types=SUFFIXES, height=140)
 
 
-def _gallery(gr, label: str, columns: int, height: int = 420):
-    buttons = ["download", "download_all", "fullscreen"]
+def _gallery(gr, columns: int):
     return gr.Gallery(
-        label=label, columns=columns, height=height, format="png", object_fit="contain", preview=False,
-        interactive=False, elem_classes="pixels", buttons=buttons,
+        show_label=False, columns=columns, height="auto", format="png", object_fit="contain", preview=False,
+        interactive=False, elem_classes="pixels", buttons=["download", "download_all", "fullscreen"],
     )  # fmt: skip
 
 
-def _picture(gr, label: str):
-    return gr.Image(label=label, visible=False, format="png", buttons=["download", "fullscreen"])
+def _picture(gr):
+    return gr.Image(show_label=False, visible=False, format="png", buttons=["download", "fullscreen"])
 
 
 def _facts(record: dict[str, str]) -> str:
