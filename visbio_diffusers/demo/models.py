@@ -39,7 +39,6 @@ SCHEDULERS = {
     "UniPC": "UniPCMultistepScheduler",
     "Euler": "EulerDiscreteScheduler",
     "Euler ancestral": "EulerAncestralDiscreteScheduler",
-    "Heun": "HeunDiscreteScheduler",
     "DEIS": "DEISMultistepScheduler",
 }
 

@@ -262,7 +262,7 @@ def _step_sliders(gr):
 
 
 def _upload(gr):
-    return gr.File(label="Image: PNG, JPEG, TIFF, ...", file_types=SUFFIXES, height=140)
+    return gr.File(label="Image: PNG, JPEG, TIFF, ...", file_types=SUFFIXES, height=140, elem_classes="upload")
 
 
 def _gallery(gr, columns: int):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +31,22 @@ def serve(models: Models, votes: Path | None, host: str, port: int, ready: Calla
 
     Raises:
         ValueError: if Gradio is not installed.
-        OSError: if the port is taken.
+        OSError: if the address cannot be listened at.
     """
     with tempfile.TemporaryDirectory(prefix="visbio-demo-") as folder:
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
         page = build_page(models, votes, Path(folder))
         page.queue(max_size=MAX_WAITING)
         try:
-            page.launch(server_name=host, server_port=port, prevent_thread_lock=True, **_settings())
+            try:
+                page.launch(server_name=host, server_port=port, prevent_thread_lock=True, **_settings())
+            except OSError as error:
+                raise OSError(f"cannot listen at {host}:{port}, which is taken, or not this machine's") from error
             ready(page.local_url)
-            page.block_thread()
+            with suppress(KeyboardInterrupt):
+                threading.Event().wait()
         finally:
-            page.close()
+            page.close(verbose=False)
 
 
 def _settings() -> dict[str, Any]:
