@@ -227,8 +227,8 @@ def _edit(page, files):
     panel.get_by_text("cell.png").first.wait_for()
     panel.get_by_label("It is to show").fill("dust")
     panel.get_by_role("button", name="Edit", exact=True).click()
-    panel.locator(".pixels img").nth(1).wait_for()
-    with Image.open(requests.get(panel.locator(".pixels img").nth(1).get_attribute("src"), stream=True).raw) as image:
+    panel.get_by_text("how far to trust the edit").wait_for()
+    with Image.open(requests.get(panel.locator(".pixels img").first.get_attribute("src"), stream=True).raw) as image:
         assert image.size == (24, 8) and image.text["prompt"] == "dust" and image.text["image_sha256"]
 
 

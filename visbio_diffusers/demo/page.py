@@ -34,6 +34,9 @@ SUFFIXES = [".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif"]
 CSS = """
 .gradio-container {max-width: 1180px !important; margin: auto}
 .pixels img {image-rendering: pixelated; object-fit: contain}
+.pixels .grid-wrap {height: auto !important; max-height: none !important; min-height: 0}
+.pixels .thumbnail-item {aspect-ratio: auto; height: auto}
+.pair {max-width: 620px; margin: auto}
 .facts, .facts p, .facts code {font-size: 0.82rem; overflow-wrap: anywhere}
 """
 MAPS = (
@@ -43,6 +46,10 @@ MAPS = (
 NEIGHBOURS = (
     "**The nearest real images** of {name}, by pixels, below the drawn ones; how far apart they are is the root mean "
     "square difference in grey levels, of 255."
+)
+EDITED = (
+    "From left to right: **the image** as the model sees it; the image **drawn again** from the noise found behind it, "
+    "which tells how far to trust the edit; and **the edit**."
 )
 NOTICE = "**All drawn images are synthetic. For research and teaching; not for clinical use.**"
 
@@ -171,17 +178,17 @@ def _redraw_tab(gr, models: Models, shelf: _Shelf) -> None:
     @_answering(gr)
     def reconstruct(*values):
         done = reconstruct_upload(models, *values)
-        return shown(done, "drawn again")
+        _warn(gr, done.warnings)
+        captions = ["what the model sees", "drawn again"]
+        files = shelf.put([done.given, done.drawn], [{}, done.record], captions)
+        return gr.update(value=files, columns=2), _facts(done.record)
 
     @_answering(gr)
     def edit(*values):
         done = edit_upload(models, *values)
-        return shown(done, "the image; with the first text, which tells how far to trust the edit; the edit")
-
-    def shown(done, caption):
         _warn(gr, done.warnings)
-        files = shelf.put([done.given, done.drawn], [{}, done.record], ["what the model sees", caption])
-        return files, _facts(done.record)
+        files = shelf.put([done.drawn], [done.record], [""])
+        return gr.update(value=files, columns=1), f"{EDITED}\n\n{_facts(done.record)}"
 
     settings, outputs = [steps, guidance], [images, facts]
     _on_click(again, reconstruct, [file, strength, prompt, seed, *settings], outputs, "reconstruct")
@@ -199,7 +206,7 @@ def _votes_tab(gr, models: Models, shelf: _Shelf, votes: Path) -> None:
         who = gr.Textbox(label="Nickname (may be empty)", max_length=MAX_NAME, scale=1)
     _examples(gr, models, prompt)
     button = gr.Button("Draw a pair", variant="primary")
-    images = _gallery(gr, 2)
+    images = _gallery(gr, 2, "pair")
     with gr.Row():
         texts = {"left": "Left is better", "skip": "Skip", "right": "Right is better"}
         buttons = {choice: gr.Button(text) for choice, text in texts.items()}
@@ -265,10 +272,10 @@ def _upload(gr):
     return gr.File(label="Image: PNG, JPEG, TIFF, ...", file_types=SUFFIXES, height=140, elem_classes="upload")
 
 
-def _gallery(gr, columns: int):
+def _gallery(gr, columns: int, *classes: str):
     return gr.Gallery(
         show_label=False, columns=columns, height="auto", format="png", object_fit="contain", preview=False,
-        interactive=False, elem_classes="pixels", buttons=["download", "download_all", "fullscreen"],
+        interactive=False, elem_classes=["pixels", *classes], buttons=["download", "download_all", "fullscreen"],
     )  # fmt: skip
 
 
