@@ -48,8 +48,8 @@ NEIGHBOURS = (
     "square difference in grey levels, of 255."
 )
 EDITED = (
-    "From left to right: **the image** as the model sees it; the image **drawn again** from the noise found behind it, "
-    "which tells how far to trust the edit; and **the edit**."
+    "From left to right: **the image** as the model sees it; **drawn again** from the noise found behind it, which "
+    "tells how far to trust the edit; and **the edit**."
 )
 NOTICE = "**All drawn images are synthetic. For research and teaching; not for clinical use.**"
 
@@ -269,7 +269,16 @@ def _step_sliders(gr):
 
 
 def _upload(gr):
-    return gr.File(label="Image: PNG, JPEG, TIFF, ...", file_types=SUFFIXES, height=140, elem_classes="upload")
+    file = gr.File(label="Image: PNG, JPEG, TIFF, ...", file_types=SUFFIXES, height=140, elem_classes="upload")
+    keep = file.async_move_resource_to_block_cache
+
+    async def keep_files(place):  # Gradio would fetch an address that a visitor sends in the place of a file
+        if "://" in str(place):
+            raise gr.Error("upload the image itself, not an address", print_exception=False)
+        return await keep(place)
+
+    file.async_move_resource_to_block_cache = keep_files
+    return file
 
 
 def _gallery(gr, columns: int, *classes: str):
