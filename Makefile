@@ -27,5 +27,5 @@ quality: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt torch
-	$(BIN)/python -m pip install -c constraints.txt -e ".[train,pubmed,notebooks,test,dev]"
+	$(BIN)/python -m pip install -c constraints.txt -e ".[train,pubmed,demo,notebooks,test,dev]"
 	touch $@

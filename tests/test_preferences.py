@@ -1,7 +1,14 @@
-"""Preferred images: reading them, a reward learned from them, and an adapter tuned to them."""
+"""Preferred images: keeping and reading them, a reward learned from them, and an adapter tuned to them."""
 
+import hashlib
+import io
 import json
+import os
 import runpy
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta, timezone
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +20,7 @@ from safetensors.torch import load_file
 
 from visbio_diffusers.alignment.preference import PreferenceHead, bradley_terry_loss
 from visbio_diffusers.load import load_pipeline
-from visbio_diffusers.preferences import load_preferences, preference_batches
+from visbio_diffusers.preferences import add_preference, load_preferences, preference_batches
 from visbio_diffusers.rewards import find_reward
 
 
@@ -43,6 +50,92 @@ def pairs(tmp_path):
     file = tmp_path / "pairs.jsonl"
     file.write_text("".join(lines))
     return file
+
+
+def png(level: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (level, 0, 0)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def test_added_pairs_are_read_as_they_were_given(tmp_path):
+    file = tmp_path / "new" / "pairs.jsonl"
+    prompts = ["a cell", 'so-called "neutrophil"\u2028\n{"prompt": 1}', "Zellkern \u00e4 \U0001f9eb"]
+    for number, prompt in enumerate(prompts):
+        add_preference(file, prompt, png(200 + number), png(number), who="Ada" if number else "")
+    found = load_preferences(file, 8)
+    assert found.prompts == prompts
+    assert found.better[:, 0, 0, 0].tolist() == [200, 201, 202] and found.worse[:, 0, 0, 0].tolist() == [0, 1, 2]
+    first, second, _ = (json.loads(line) for line in file.read_text().splitlines())
+    assert list(first) == ["prompt", "image_w", "image_l", "when"] and second["who"] == "Ada"
+    assert datetime.now(timezone.utc) - datetime.fromisoformat(first["when"]) < timedelta(minutes=5)
+    assert first["image_w"] == f"images/{hashlib.sha256(png(200)).hexdigest()}.png"
+    assert (file.parent / first["image_w"]).read_bytes() == png(200)
+
+
+def test_no_pair_of_twenty_writers_is_lost(tmp_path):
+    """Five threads in each of four processes, of which several write the same images."""
+    file = tmp_path / "pairs.jsonl"
+
+    def write_five(number):
+        with ThreadPoolExecutor(5) as threads:
+            for each in range(5):
+                threads.submit(add_preference, file, f"{number}-{each}", png(each), png(100), f"writer {each}")
+
+    processes = [get_context("fork").Process(target=write_five, args=[number]) for number in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    found = load_preferences(file, 8)
+    assert sorted(found.prompts) == [f"{number}-{each}" for number in range(4) for each in range(5)]
+    assert len(file.read_bytes().splitlines()) == 20
+    assert len(list((tmp_path / "images").iterdir())) == 6  # and nothing half-written
+
+
+def test_writer_killed_within_a_line_leaves_a_file_that_is_read_and_written(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    add_preference(file, "first", png(1), png(2))
+
+    def die_in_the_middle():
+        real = os.fsync
+
+        def kill(descriptor):
+            if os.path.realpath(f"/proc/self/fd/{descriptor}") == str(file.resolve()):
+                os.ftruncate(descriptor, os.fstat(descriptor).st_size - 40)  # what the disk had got of the line
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(descriptor)
+
+        os.fsync = kill
+        add_preference(file, "second", png(3), png(4))
+
+    process = get_context("fork").Process(target=die_in_the_middle)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not file.read_bytes().endswith(b"\n")
+    assert load_preferences(file, 8).prompts == ["first"]
+    add_preference(file, "third", png(5), png(6))
+    assert load_preferences(file, 8).prompts == ["first", "third"]
+
+
+def test_wherever_the_last_line_was_cut_the_others_and_the_next_are_read(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    for prompt in ("first", "second"):
+        add_preference(file, prompt, png(1), png(2))
+    whole = file.read_bytes()
+    start = whole.index(b"\n") + 1
+    for cut in (*range(start, len(whole), 9), len(whole) - 1, len(whole)):
+        file.write_bytes(whole[:cut])
+        kept = ["first", "second"] if cut >= len(whole) - 1 else ["first"]
+        assert load_preferences(file, 8).prompts == kept
+        add_preference(file, "third", png(1), png(2))
+        assert load_preferences(file, 8).prompts == [*kept, "third"]
+
+
+def test_pairs_are_not_added_where_nobody_may_write(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write .*pairs.jsonl"):
+        add_preference(tmp_path / "file" / "pairs.jsonl", "a cell", png(1), png(2))
 
 
 def test_pairs_are_read_and_each_pass_sees_all_of_them(pairs):

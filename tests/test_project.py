@@ -35,12 +35,13 @@ LAYERS = [
     {"image_sets", "pipelines", "preferences"},
     {"visbio_diffusers"},
     {"bundle", "generate", "load", "text_to_image", "validation"},
-    {"evaluation"},
+    {"evaluation", "redrawing"},
     {"alignment"},
     {"adapters", "prompts", "rewards", "rollouts"},
     {"explanation", "reward_tuning"},
     {"rounds"},
     {"cards"},
+    {"demo"},
     {"commands", "hub"},
     {"cli"},
     {"train_scripts"},
@@ -102,7 +103,7 @@ def test_imports_run_one_way(path):
 @pytest.mark.parametrize("path", [*SOURCES, *SCRIPTS], ids=relative)
 def test_every_imported_library_is_declared(path):
     core = ProjectMetadata(str(ROOT), PluginManager()).core
-    extras = [line for name in ("train", "pubmed") for line in core.optional_dependencies[name]]
+    extras = [line for name in ("train", "pubmed", "demo") for line in core.optional_dependencies[name]]
     for at_the_top in (True, False):  # within a function an extra may be imported
         declared = [*core.dependencies, *(extras if path in SCRIPTS or not at_the_top else [])]
         names = {Requirement(line).name.lower() for line in declared} | {PACKAGE.name}

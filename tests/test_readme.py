@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 import tifffile
 from entrez_server import EntrezServer, stored_articles
 from hub_server import HubServer
@@ -36,6 +37,7 @@ SMALL = {
     "evaluate_alignment.py": "--supervised_steps 2 --num_generator_images 2",
     "visbio evaluate": f"{FEW} --num_inference_steps 2 --evaluator_steps 2 --cas_steps 2",
     "visbio explain": "--num-seeds 2 --steps 2",
+    "visbio demo --votes": "--port 7894 --device cpu",
     "visbio audit": "--num_images 16 --num_members 16",
     "train_alignment.py": "--max_train_steps 2 --train_batch_size 2 --report_to none --lr_warmup_steps 1",
     "evaluate_reward_tuning.py": "--judge_steps 2 --num_images_per_prompt 1 --num_class_images 1",
@@ -85,6 +87,13 @@ def run(command, folder, environment=ENVIRONMENT):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def visit(command, folder):
+    with subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as server:
+        address = server.stdout.readline().split()[0]
+        assert requests.get(address).status_code == 200
+        server.terminate()
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, visbio_data):
     """A folder in which the README's relative paths hold, with images of one's own as it describes them."""
@@ -130,9 +139,13 @@ def test_commands_run_as_written(workplace):
         for command in written:
             words = on("bloodmnist_few.npz", shortened(command))
             words += ["--base_url", ncbi.url] if "--email" in words else []
+            if "demo" in words and "--port" in words:  # which does not end
+                visit(words, workplace)
+                continue
             run(words, workplace, logged_in if "push_to_hub" in command else ENVIRONMENT)
         assert hub.repos["my-name/my-model"].private and "unet/config.json" in hub.files("my-name/my-model")
     assert Image.open(workplace / "out.png").width > 28
+    assert (workplace / "my-space" / "app.py").is_file()
     assert Image.open(workplace / "mine.png").info["synthetic"]
     assert Image.open(workplace / "adapted.png").info["lora"] == "lora"
     assert Image.open(workplace / "band.png").info["reward_sha256"]  # whose judge that reward may not be

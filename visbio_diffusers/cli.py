@@ -1,4 +1,4 @@
-"""The command `visbio`: draw, redraw, explain, describe and search images, export sets, measure and audit models.
+"""The command `visbio`: draw, redraw, explain, describe and search images, try, measure and audit models, sets.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Mistakes are answered in one line on stderr.
 """
@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from visbio_diffusers import __version__
 from visbio_diffusers.commands import data as data_commands
+from visbio_diffusers.commands import demo as demo_command
 from visbio_diffusers.commands import explain as explain_command
 from visbio_diffusers.commands import redraw as redraw_commands
 from visbio_diffusers.commands.arguments import device_name, positive, say, seed_number
@@ -119,6 +120,7 @@ def _build_parser() -> argparse.ArgumentParser:
     search.set_defaults(run=_search, error=search.error)
 
     explain_command.add_command(commands)
+    demo_command.add_command(commands)
 
     data = commands.add_parser("data", help="look at image sets; get texts of PubMed")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")

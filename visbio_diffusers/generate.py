@@ -107,7 +107,7 @@ def generate_prompts(studio: Studio, prompts: Sequence[str], num_images: int, se
     _check_writable(folder / items[0].path)
     shown: list[Image.Image] = []
     for item, image in draw(studio, _batches(items, studio.batch_size), len(items)):
-        save_png(image, folder / item.path, _describe(studio, item))
+        save_png(image, folder / item.path, png_record(studio, item))
         if len(shown) < GRID_IMAGES:
             shown.append(image)
     _save_grid(studio, items[: len(shown)], shown, output, columns=min(num_images, GRID_COLUMNS))
@@ -152,7 +152,7 @@ def generate_folder(studio: Studio, labelled: LabelledSet, output: Path) -> None
     batches = [b for b in _batches(items, studio.batch_size) if any(item.path in missing for item in b)]
     for item, image in draw(studio, batches, len(items)):
         if item.path in missing:
-            save_png(image, output / item.path, _describe(studio, item))
+            save_png(image, output / item.path, png_record(studio, item))
     rows = [json.dumps(_row(item), ensure_ascii=False) + "\n" for item in items]
     with whole_file(output / "train" / "metadata.jsonl") as temporary:
         temporary.write_text("".join(rows), encoding="utf-8")
@@ -248,8 +248,8 @@ def _batches(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def _describe(studio: Studio, item: Item) -> dict[str, str]:
-    """Return the text chunks of a single PNG."""
+def png_record(studio: Studio, item: Item) -> dict[str, str]:
+    """Return the text chunks of the PNG of an image: what drew it, and how to draw it again."""
     facts = studio.provenance
     parameters = {"synthetic": True, "seed": item.seed, "call": {"prompt": item.prompt, **studio.call}, **facts}
     if item.label is not None:

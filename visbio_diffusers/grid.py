@@ -67,12 +67,17 @@ def save_png(image: Image.Image, path: str | Path, metadata: dict[str, str] | No
     Raises:
         OSError: if the disk is full or the folder not writable.
     """
-    path = Path(path)
-    info = PngInfo()
+    with whole_file(path) as temporary:
+        temporary.write_bytes(png_bytes(image, metadata))
+
+
+def png_bytes(image: Image.Image, metadata: dict[str, str] | None = None) -> bytes:
+    """Return the content of a PNG file with `metadata` as text chunks."""
+    info, buffer = PngInfo(), io.BytesIO()
     for key, value in (metadata or {}).items():
         info.add_itxt(key, value)
-    with whole_file(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
+    image.save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, max_lines: int) -> list[str]:

@@ -6,16 +6,25 @@ being the better one; files are named from the folder of the JSON lines, and `wh
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
+import os
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image, UnidentifiedImageError
 
 from visbio_diffusers.data.dataset import fit_image
+from visbio_diffusers.files import whole_file
+
+
+logger = logging.getLogger(__name__)
 
 
 class Preferences(NamedTuple):
@@ -27,7 +36,7 @@ class Preferences(NamedTuple):
 
 
 def load_preferences(file: str | Path, resolution: int, channels: int = 3) -> Preferences:
-    """Read pairs, their images in one size.
+    """Read pairs, their images in one size. A last line that was cut short while it was written is left out.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -35,7 +44,11 @@ def load_preferences(file: str | Path, resolution: int, channels: int = 3) -> Pr
     """
     file = Path(file)
     prompts, images = [], []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    lines = file.read_text(encoding="utf-8").split("\n")
+    if _is_cut(lines[-1]):
+        logger.warning("%s line %d was cut short and is left out", file, len(lines))
+        lines.pop()
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -63,6 +76,60 @@ def _read(folder: Path, name: str, resolution: int, channels: int) -> np.ndarray
             return fit_image(image.convert("RGB"), resolution, channels)
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is no image") from error
+
+
+def add_preference(file: str | Path, prompt: str, better: bytes, worse: bytes, who: str = "") -> None:
+    """Append a pair to a file of pairs, of which any number of threads and processes may do so at a time.
+
+    The images are written first, to images/ beside the file, under the digests of their content; then comes the line,
+    which is on the disk when this returns. What a killed writer left of a line is removed by the next one.
+
+    Args:
+        file (`str` or `Path`): made if need be, with its folder.
+        prompt (`str`): what both images were drawn from.
+        better, worse (`bytes`): PNG files.
+        who (`str`): who says so; left out where empty.
+
+    Raises:
+        OSError: if the disk is full or the folder not writable.
+    """
+    file = Path(file)
+    names = [f"images/{hashlib.sha256(image).hexdigest()}.png" for image in (better, worse)]
+    pair = {"prompt": prompt, "image_w": names[0], "image_l": names[1], **({"who": who} if who else {})}
+    pair["when"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock"):
+            for name, image in zip(names, (better, worse)):
+                if not (file.parent / name).exists():
+                    with whole_file(file.parent / name) as temporary:
+                        temporary.write_bytes(image)
+            _append(file, json.dumps(pair))  # in ASCII, so that wherever a line is cut it can be read
+    except OSError as error:
+        raise OSError(f"cannot write {file}: {error.strerror or error}; choose a place where you may write") from error
+
+
+def _append(file: Path, line: str) -> None:
+    with file.open("a+b") as stream:
+        stream.seek(0)
+        content = stream.read()
+        start = content.rfind(b"\n") + 1
+        last = content[start:].decode("utf-8", "replace")
+        if _is_cut(last):
+            stream.truncate(start)
+        elif last:  # whole, but for its end
+            line = f"\n{line}"
+        stream.write(f"{line}\n".encode())
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _is_cut(last: str) -> bool:
+    """Return whether what stands after the last line end of a file is a part of a line."""
+    try:
+        return bool(last.strip()) and not isinstance(json.loads(last), dict)
+    except ValueError:
+        return True
 
 
 def preference_batches(

@@ -1,1 +1,1 @@
-"""What `visbio data` and `visbio explain` do, and what their arguments and those of `visbio` share."""
+"""What `visbio data`, `visbio demo` and others do, and what their arguments and those of `visbio` share."""

@@ -61,16 +61,27 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _reconstruct(args: argparse.Namespace) -> None:
-    from visbio_diffusers.commands.redrawing import reconstruct
+    from visbio_diffusers.redrawing import reconstruct
 
-    call = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
-    reconstruct(args.image, args.output, args.prompt, args.strength, args.seed, args.model, args.device, **call)
-    say(str(args.output))
+    _draw(args, reconstruct, prompt=args.prompt, strength=args.strength, seed=args.seed)
 
 
 def _edit(args: argparse.Namespace) -> None:
-    from visbio_diffusers.commands.redrawing import edit
+    from visbio_diffusers.redrawing import edit
 
+    _draw(args, edit, source=args.source, target=args.target)
+
+
+def _draw(args: argparse.Namespace, function, **wanted) -> None:
+    from visbio_diffusers.data.photograph import read_photograph
+    from visbio_diffusers.files import digest
+    from visbio_diffusers.grid import save_png
+    from visbio_diffusers.load import load_pipeline
+
+    picture = read_photograph(args.image)
+    pipe, facts = load_pipeline(args.model, args.device)
+    facts["image_sha256"] = digest(args.image)
     call = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
-    edit(args.image, args.output, args.source, args.target, args.model, args.device, **call)
+    drawn, record = function(pipe, facts, picture, **wanted, **call)
+    save_png(drawn, args.output, record)
     say(str(args.output))

@@ -40,7 +40,7 @@ def find_images(places: list[Path]) -> list[Path]:
     return found
 
 
-def read_photograph(path: str | Path) -> Image.Image:
+def read_photograph(path: str | Path, max_pixels: int = 0) -> Image.Image:
     """Read one image file as 8-bit RGB.
 
     Grey is spread to the three colours; transparent parts lie on white. Values of more than 8 bits, as in many
@@ -48,17 +48,23 @@ def read_photograph(path: str | Path) -> Image.Image:
     the first three are red, green and blue, and the others left out; of a stack (axis Z) the brightest value at each
     place counts, of a series the first image.
 
+    Args:
+        path (`str` or `Path`): of the file.
+        max_pixels (`int`): an image of more is refused before it is decoded; 0 leaves it to the libraries' own limits.
+
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read, or is empty; the message names it.
+        ValueError: if it cannot be read, is empty or too large; the message names it.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: check the path")
     try:
         if path.suffix.lower() in (".tif", ".tiff") and not is_plain(path):
-            return Image.fromarray(_to_rgb(_read_tiff(path)))
+            return Image.fromarray(_to_rgb(_read_tiff(path, max_pixels or MAX_VALUES)))
         with Image.open(path) as image:
+            if max_pixels and image.width * image.height > max_pixels:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than {max_pixels:,}")
             if is_cut(image):
                 raise ValueError("a PNG of 16 bits in colour, of which Pillow reads 8: save it as TIFF")
             image.load()
@@ -104,14 +110,14 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def _read_tiff(path: Path) -> np.ndarray:
+def _read_tiff(path: Path, max_values: int) -> np.ndarray:
     """Return the first image of a TIFF, height x width or height x width x channels."""
     import tifffile  # for those who use it
 
     with tifffile.TiffFile(path) as file:
         series = file.series[0]
-        if np.prod(series.shape) > MAX_VALUES:
-            raise ValueError(f"{series.shape} are more than {MAX_VALUES:,} values")
+        if np.prod(series.shape) > max_values:
+            raise ValueError(f"{series.shape} are more than {max_values:,} values")
         values, axes, shape = series.asarray(), series.axes, series.shape
     named = [place for place, axis in enumerate(axes) if axis in "CS"]
     unnamed = [place for place, axis in enumerate(axes) if axis in "QI" and shape[place] <= MAX_CHANNELS]

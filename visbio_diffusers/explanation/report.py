@@ -108,12 +108,13 @@ def _words(drawn: list[Attribution]) -> list[Section]:
         "a habit of place, such as cells in the middle, rather than the answer to one cell."
     )
     return [
-        Section("Where each word was read in the first image", first, _word_sheet(drawn[0])),
-        Section("Where each word is read on average", second, _word_sheet(drawn[0]._replace(image=mean, maps=maps))),
+        Section("Where each word was read in the first image", first, word_sheet(drawn[0])),
+        Section("Where each word is read on average", second, word_sheet(drawn[0]._replace(image=mean, maps=maps))),
     ]
 
 
-def _word_sheet(found: Attribution) -> Image.Image:
+def word_sheet(found: Attribution) -> Image.Image:
+    """Return a picture of an image and of where each word was read in it: red more, blue less than on average."""
     shares = found.maps.mean(axis=(1, 2), keepdims=True)
     contrast = found.maps / shares - 1
     largest = max(float(np.abs(contrast).max()), 1e-6)
