@@ -268,7 +268,16 @@ def test_a_reward_judges_pairs_and_measures_an_adapter_that_learned_from_them(ti
     assert entry["dpo"]["above_median"] == pytest.approx(0.5 + entry["dpo"]["more_above_median"]["value"])
     assert "brightness, dpo: " in capsys.readouterr().out
     with pytest.raises(ValueError, match="loras are given as name=folder"):
-        measure("evaluate_reward.py", "EvaluateRewardConfig", "--loras", "dpo", "--rewards", "brightness", "--output", output)
+        measure(
+            "evaluate_reward.py",
+            "EvaluateRewardConfig",
+            "--loras",
+            "dpo",
+            "--rewards",
+            "brightness",
+            "--output",
+            output,
+        )
 
 
 def test_choices_follow_the_scores():
