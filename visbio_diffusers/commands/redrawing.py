@@ -1,4 +1,4 @@
-"""What `visbio reconstruct` and `visbio edit` draw, and what their PNGs say of it."""
+"""What `visbio reconstruct`, `visbio edit` and `visbio restore` draw, and what their PNGs say of it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 
-from visbio_diffusers import VisBioImg2ImgPipeline, __version__
+from visbio_diffusers import VisBioImg2ImgPipeline, VisBioRestorationPipeline, __version__
 from visbio_diffusers.data import fit_image
+from visbio_diffusers.data.noise import estimate_noise_std
 from visbio_diffusers.data.photograph import read_photograph
 from visbio_diffusers.files import digest
 from visbio_diffusers.grid import save_png
@@ -76,17 +78,71 @@ def edit(
     inverter = VisBioImg2ImgPipeline(**pipe.components)
     latents = inverter.invert(given, source, **call)
     drawn = pipe([source, target], latents=latents.expand(2, -1, -1, -1), **call).images
-    sheet = Image.new(drawn[0].mode, (3 * given.width, given.height))
-    for column, each in enumerate((given, *drawn)):
-        sheet.paste(each, (column * given.width, 0))
-    _save(sheet, output, image, "edited", {"source": source, "prompt": target, **call}, facts)
+    _save(_side_by_side([given, *drawn]), output, image, "edited", {"source": source, "prompt": target, **call}, facts)
 
 
-def _open(image, model, device):
+def restore(
+    image: Path,
+    output: Path,
+    prompt: str = "",
+    factor: int = 1,
+    noise_std: float | None = None,
+    num_images: int = 1,
+    seed: int = 0,
+    model: str | None = None,
+    device: str | None = None,
+    **call: Any,
+) -> float:
+    """Draw what an image may have been before it was reduced and noised, and write it as PNG.
+
+    Args:
+        image (`Path`), output (`Path`), prompt (`str`), model (`str`), device (`str`): see [`reconstruct`].
+        factor (`int`), noise_std (`float`): see [`VisBioRestorationPipeline`]; the noise is estimated if not given.
+        num_images (`int`): samples; of several the file has all, their mean and their standard deviation.
+        seed (`int`): of the first sample; the next has the next.
+        call: arguments of [`VisBioRestorationPipeline`], in JSON's types.
+
+    Returns:
+        The `noise_std` that was taken.
+
+    Raises:
+        ValueError, OSError: for what cannot be read, loaded, drawn or written.
+    """
+    pipe, facts, given = _open(image, model, device, factor)
+    noise_std = estimate_noise_std(np.asarray(given)) if noise_std is None else noise_std
+    degradation = {"factor": factor, "noise_std": noise_std}
+    generators = [torch.Generator().manual_seed(seed + number) for number in range(num_images)]
+    sampling = {**degradation, "num_images_per_prompt": num_images, "generator": generators, **call}
+    drawn = VisBioRestorationPipeline(**pipe.components)(prompt or None, given, **sampling).images
+    parameters = {"prompt": prompt, "seed": seed, "num_images": num_images, **degradation, **call}
+    facts["degradation"] = (
+        f"image = mean of {factor} x {factor} pixels + Gaussian noise of std {noise_std:.4g} (white: 1)"
+    )
+    _save(_side_by_side([*drawn, *_summary(drawn)]), output, image, "restored", parameters, facts)
+    return noise_std
+
+
+def _summary(drawn):
+    """Return the mean of images and their standard deviation, if they are several."""
+    if len(drawn) == 1:
+        return []
+    pixels = np.stack([np.asarray(each, np.float64) for each in drawn])
+    spread = (4 * pixels.std(axis=0, ddof=1)).clip(0, 255)
+    return [Image.fromarray(each.round().astype(np.uint8)) for each in (pixels.mean(axis=0), spread)]
+
+
+def _side_by_side(images):
+    sheet = Image.new(images[0].mode, (sum(each.width for each in images), images[0].height))
+    for column, each in enumerate(images):
+        sheet.paste(each, (column * each.width, 0))
+    return sheet
+
+
+def _open(image, model, device, factor=1):
     picture = read_photograph(image)
     pipe, facts = load_pipeline(model, device)
     channels = pipe.unet.config.in_channels
-    pixels = fit_image(picture, pipe.unet.config.sample_size, channels)
+    pixels = fit_image(picture, pipe.unet.config.sample_size // factor, channels)
     return pipe, facts, Image.fromarray(pixels if channels == 3 else pixels[:, :, 0])
 
 
