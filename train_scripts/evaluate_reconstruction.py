@@ -99,11 +99,8 @@ class Bench:
 
         def method(rows: slice) -> np.ndarray:
             seeds = range(len(self.images))[rows]
-            text = (
-                {"prompt": self.captions[rows]}
-                if captions
-                else {"prompt_embeds": self.empty.expand(len(seeds), -1, -1)}
-            )
+            text = {"prompt_embeds": self.empty.expand(len(seeds), -1, -1)}
+            text = {"prompt": self.captions[rows]} if captions else text
             generators = [torch.Generator().manual_seed(draw * len(self.images) + seed) for seed in seeds]
             arrays = {name: value[rows] if isinstance(value, np.ndarray) else value for name, value in call.items()}
             steps = {"num_inference_steps": self.config.num_inference_steps, "guidance_scale": 1.0}
@@ -146,8 +143,7 @@ class Bench:
             return lambda image: np.asarray(Image.fromarray(image).resize(size, getattr(Image.Resampling, kind)))
 
         methods = {kind.lower(): _each(resized(kind), given) for kind in ("BILINEAR", "BICUBIC", "LANCZOS")}
-        for name, captions in (("ours, no text", False), ("ours, caption", True)):
-            methods[name] = self.ours(self.restore, given, captions, factor=factor)
+        methods["ours"] = self.ours(self.restore, given, factor=factor)
         return given, methods
 
     def denoising(self) -> tuple[np.ndarray, dict[str, Method]]:

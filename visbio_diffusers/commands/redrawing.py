@@ -142,7 +142,7 @@ def _open(image, model, device, factor=1):
     picture = read_photograph(image)
     pipe, facts = load_pipeline(model, device)
     channels = pipe.unet.config.in_channels
-    pixels = fit_image(picture, pipe.unet.config.sample_size // factor, channels)
+    pixels = fit_image(picture, max(1, pipe.unet.config.sample_size // factor), channels)
     return pipe, facts, Image.fromarray(pixels if channels == 3 else pixels[:, :, 0])
 
 

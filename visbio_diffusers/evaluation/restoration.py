@@ -1,7 +1,7 @@
 """Images drawn from images, against the originals: how near they are, pixel by pixel, and how real they look.
 
-The two are at odds (Blau and Michaeli 2018, The perception-distortion tradeoff): the mean of all images that fit is the
-nearest to the original, and blurred; a sample of them is sharp, and at least as far away again. So each table has both.
+The two are at odds (Blau and Michaeli 2018, The perception-distortion tradeoff): the mean of all images that fit is
+the nearest to the original, and blurred; one of them is sharp, and has twice the squared error. So tables have both.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ COLOURS = "#1f4e9c", "#c0392b"
 
 
 def mean_interval(values: np.ndarray) -> dict:
-    """Return the mean of values `(n,)` with its 95 % interval, from the standard error, as `dict(value, low, high, n)`."""
-    half = Z_95 * float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return {"value": float(values.mean()), "low": float(values.mean()) - half, "high": float(values.mean()) + half}
+    """Return the mean of values `(n,)` with its 95 % interval from the standard error: `dict(value, low, high, n)`."""
+    mean, half = float(values.mean()), Z_95 * float(values.std(ddof=1)) / len(values) ** 0.5
+    return {"value": mean, "low": mean - half, "high": mean + half, "n": len(values)}
 
 
 def distortion(images: np.ndarray, originals: np.ndarray) -> dict:
@@ -104,10 +104,10 @@ def render_restoration(results: dict) -> str:
     floors = ", ".join(f"FD-{name} {results['judges'][name]['floor']:.2f}" for name in judges)
     recognised = ", ".join(f"{cell(results['judges'][name]['recognised'])} ({name})" for name in classifiers)
     parts.append(
-        f"{results['n']} images of the {results['split']} split of {results['dataset']}, which the model has not learned"
-        f" from; {results['settings']}. FD: to the {results['num_others']} other images of the split, from which the"
-        f" originals themselves have {floors}. Paired: between features of an image and of its original. Of the"
-        f" originals are recognised {recognised}. A caption names the class, which someone must know.\n\n"
+        f"{results['n']} images of the {results['split']} split of {results['dataset']}; {results['settings']}. FD: to"
+        f" the {results['num_others']} other images of the split, from which the originals themselves have {floors}."
+        " Paired: between features of an image and of its original. Of the originals are recognised"
+        f" {recognised}. A caption names the class, which someone must know.\n\n"
         f"`{results['command']}`\n"
     )
     return "\n".join(parts)

@@ -22,16 +22,16 @@ class VisBioRestorationPipeline(VisBioPipelineMixin, DiffusionPipeline, VisBioLo
     """Draw what an image may have been before it was reduced and noised: samples of the posterior.
 
     The image is taken for y = A x + n: x the image that is wanted, A the mean over `factor` x `factor` pixels (for 1,
-    A changes nothing), n independent Gaussian noise. Samples go from noise to x by SDE-DPM-Solver++. In every step whose
-    noise is at least that of y, the part of the sample that y tells of is y, with what its noise lacks; the rest, and all
-    steps after that, are the model's. So
+    A changes nothing), n independent Gaussian noise. Samples go from noise to x by SDE-DPM-Solver++. In each step with
+    at least the noise of y, what y tells of the sample is y, with the noise that it lacks there; the rest of the
+    sample, and all steps after that, are the model's. So
 
-    - without `factor` sampling begins at y, in the step of its noise. Its samples are those of the posterior, as far as
-      the model knows its images (Kawar et al. 2021, arXiv:2101.09552); one step gives its mean, the best guess in
-      squared error;
-    - with `factor` this is the null-space correction of DDNM (Wang et al. 2023, arXiv:2212.00490, equation 13), on noised
-      samples, as ILVR has it (Choi et al. 2021). What y tells reaches the rest through noise, so that this is near
-      the posterior, and the posterior itself where the rest is independent of y.
+    - without `factor` sampling begins at y, in the step of its noise. Its samples are those of the posterior, as far
+      as the model knows its images (Kawar et al. 2021, arXiv:2101.09552); one step gives its mean, which is the best
+      guess in squared error;
+    - with `factor` this is the null-space correction of DDNM (Wang et al. 2023, arXiv:2212.00490, equation 13), on
+      noised samples, as ILVR has it (Choi et al. 2021). What y tells reaches the rest through noise, so that this is
+      near the posterior, and the posterior itself where the rest is independent of y.
 
     Args:
         unet, text_encoder, tokenizer: as of [`VisBioPipeline`], whose folders it loads.
@@ -82,10 +82,11 @@ class VisBioRestorationPipeline(VisBioPipelineMixin, DiffusionPipeline, VisBioLo
                 each; uint8, or float in [0, 1]; arrays have their channels last, tensors before height and width.
             factor (`int`): how many times larger the result is in height and width; its mean over squares of so many
                 pixels is `image`.
-            noise_std (`float`): standard deviation of the noise in `image`, whose values are taken from 0 to 1; up to 1.
+            noise_std (`float`): standard deviation of the noise in `image`, from 0 to 1, where white is 1.
             height, width (`int`, *optional*): of the result in pixels; the given images are `factor` times smaller.
                 Default is the size the model was trained at.
-            num_inference_steps (`int`): denoising steps; less where there is less noise than so many timesteps.
+            num_inference_steps (`int`): denoising steps; one more, at the noise of the image, if it is enlarged, and
+                less if its noise is less than that of so many timesteps.
             guidance_scale (`float`): weight of the text; 1 is the posterior, more than the posterior has of the text.
             num_images_per_prompt (`int`): samples for each image.
             latents (`torch.Tensor` of shape `(batch, channels, height, width)`, *optional*): standard normal noise to
@@ -161,7 +162,7 @@ class VisBioRestorationPipeline(VisBioPipelineMixin, DiffusionPipeline, VisBioLo
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _prepare_steps(self, num_inference_steps, factor, noise_std, device):
-        """Set the solver to steps that are spread evenly from the noise of the image, or of an enlarged one from all."""
+        """Set the solver to steps from the noise of the image to none; if it is enlarged, from all noise to none."""
         check_scheduler(self.scheduler)
         self.scheduler = DPMSolverMultistepScheduler.from_config(
             self.scheduler.config,
@@ -172,25 +173,28 @@ class VisBioRestorationPipeline(VisBioPipelineMixin, DiffusionPipeline, VisBioLo
         )
         if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` must be a whole number from 1, but is {num_inference_steps!r}")
-        alphas = self.scheduler.alphas_cumprod
-        first = len(alphas) - 1
-        if factor == 1:
-            first = min(first, int((((1 - alphas) / alphas).sqrt() < 2 * noise_std).sum()))
+        sigmas = ((1 - self.scheduler.alphas_cumprod) / self.scheduler.alphas_cumprod).sqrt()
+        last = len(sigmas) - 1
+        level = min(last, int((sigmas < _known_noise(factor, noise_std)).sum()))
+        first = level if factor == 1 else last
         shares = torch.arange(num_inference_steps, 0, -1) / num_inference_steps
-        timesteps = ((first + 1) * shares).round().int().clamp(min=1).unique().flip(0) - 1
-        return prepare_timesteps(self.scheduler, num_inference_steps, device, timesteps.tolist())
+        timesteps = set(((first + 1) * shares).round().int().clamp(min=1).sub(1).tolist())
+        timesteps |= {level} if noise_std else set()
+        timesteps = sorted(timesteps, reverse=True)
+        return prepare_timesteps(self.scheduler, num_inference_steps, device, timesteps)
 
     def _keeper(self, given, noise, factor, noise_std):
         """Return what gives samples the part that is known, with the noise that their step has left."""
-        known_noise = 2 * noise_std * factor  # of a mean, in the units of the pixels' noise
+        known_noise = _known_noise(factor, noise_std)
         enlarged = _enlarge(2 * given - 1, factor)
         sigmas = self.scheduler.sigmas.tolist()
 
         def keep(step, latents):
             sigma = sigmas[step + 1]
-            if sigma < known_noise:
+            lacking = sigma**2 - known_noise**2
+            if lacking < -1e-6 * known_noise**2:  # more than rounding
                 return latents
-            known = (enlarged + (sigma**2 - known_noise**2) ** 0.5 * noise) / (1 + sigma**2) ** 0.5
+            known = (enlarged + max(lacking, 0) ** 0.5 * noise) / (1 + sigma**2) ** 0.5
             return latents + _enlarge(_reduce(known - latents, factor), factor)
 
         return keep
@@ -206,6 +210,11 @@ class VisBioRestorationPipeline(VisBioPipelineMixin, DiffusionPipeline, VisBioLo
             return images
         images = self.image_processor.pt_to_numpy(images)
         return self.image_processor.numpy_to_pil(images) if output_type == "pil" else images
+
+
+def _known_noise(factor, noise_std):
+    """Return the noise of the given image in [-1, 1], on the scale of the noise of samples, of whose it is a mean."""
+    return 2 * noise_std * factor
 
 
 def _reduce(images, factor):

@@ -1,0 +1,123 @@
+"""What is measured of restored images, by hand and by torchmetrics; tables, plot, and the script on real images."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+from visbio_diffusers.evaluation import features as networks
+from visbio_diffusers.evaluation.restoration import (
+    Beholder,
+    distortion,
+    mean_interval,
+    plot_strengths,
+    render_restoration,
+)
+
+
+ROOT = Path(__file__).parents[1]
+JUDGES = ROOT / "model_cards" / "evaluators-blood-28"
+
+
+@pytest.fixture(scope="module")
+def real(visbio_data):
+    with np.load(visbio_data / "medmnist" / "bloodmnist_rebuilt_28.npz") as content:
+        return content["test_images"][:200], content["test_labels"][:200, 0].astype(np.int64)
+
+
+def test_mean_and_its_interval():
+    values = np.random.default_rng(0).normal(3, 2, (2000, 100))
+    inside = [found["low"] <= 3 <= found["high"] for found in map(mean_interval, values)]
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.015)
+    assert mean_interval(np.array([1.0, 3.0]))["value"] == 2
+
+
+def test_distortion_equals_that_of_torchmetrics(real):
+    images, noise = real[0][:8], np.random.default_rng(0).integers(-20, 21, real[0][:8].shape)
+    noisy = (images + noise).clip(0, 255).astype(np.uint8)
+    found = distortion(noisy, images)
+    pixels = [torch.from_numpy(each).double() for each in (noisy, images)]
+    expected = peak_signal_noise_ratio(*pixels, data_range=255.0, dim=(1, 2, 3), reduction="none").mean()
+    assert found["psnr"]["value"] == pytest.approx(expected.item(), abs=1e-4)
+    same = distortion(images, images)
+    assert same["ssim"]["value"] == pytest.approx(1) and same["psnr"]["value"] == pytest.approx(81.8, abs=0.1)
+    off_by_one = images.copy()
+    off_by_one[:, 0, 0, 0] ^= 1
+    assert distortion(off_by_one, images)["psnr"]["value"] == pytest.approx(same["psnr"]["value"])
+
+
+def test_judges_see_noise_and_the_originals(real):
+    images, labels = real
+    judges = {"cnn3": networks.load(JUDGES / "cnn3")[0], "simclr": networks.load(JUDGES / "simclr")[0]}
+    beholder = Beholder(judges, images[:60], labels[:60], images[60:])
+    own = beholder(images[:60])
+    noisy = images[:60] + np.random.default_rng(0).integers(-60, 61, images[:60].shape)
+    found = beholder(noisy.clip(0, 255).astype(np.uint8))
+    assert "recognised" not in own["simclr"] and own["cnn3"]["recognised"]["value"] > 0.9
+    for name in judges:
+        assert own[name]["paired"]["value"] == 0 and own[name]["frechet"]["ratio"]["value"] == pytest.approx(1)
+        assert found[name]["paired"]["low"] > 0.5 and found[name]["frechet"]["ratio"]["low"] > 1.1
+
+
+def test_plot_has_the_points_in_their_places():
+    entry = {"value": 10.0, "low": 10.0, "high": 10.0}
+    half = {"value": 0.5, "low": 0.5, "high": 0.5}
+    picture = np.array(plot_strengths({0.0: {"psnr": entry, "ssim": half}, 1.0: {"psnr": entry, "ssim": half}}))
+    blue = np.argwhere((picture == (31, 78, 156)).all(axis=2))
+    inner = blue[(blue[:, 1] > 60) & (blue[:, 1] < 490)]
+    assert set(inner[:, 0]) <= {29, 30, 31} and len(inner) > 400  # 10 of 10 dB: the upper edge
+
+
+def test_script_measures_real_images(visbio_data, tmp_path):
+    output = tmp_path / "found" / "restoration.json"
+    data = visbio_data / "medmnist" / "bloodmnist_rebuilt_28.npz"
+    flags = ["--dataset_name", str(data), "--output", str(output), "--num_images", "3", "--batch_size", "2"]
+    flags += ["--num_inference_steps", "1", "--denoising_steps", "1", "--num_samples", "2", "--strengths", "0", "1"]
+    flags += ["--noise_stds", "0.1", "--evaluators", str(JUDGES)]
+    command = [sys.executable, str(ROOT / "train_scripts" / "evaluate_reconstruction.py"), *flags]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads(output.read_text())
+    tasks = results["tasks"]
+    assert tasks["reconstruction"]["0"]["ssim"]["value"] == pytest.approx(1)
+    assert tasks["reconstruction"]["1"]["ssim"]["value"] < 0.9
+    given, cleaned = (
+        tasks["denoising"][f"noise 0.1: {name}"]["psnr"]["value"] for name in ("as it is", "ours, one step")
+    )
+    assert cleaned > given + 5 and given == pytest.approx(20, abs=1)  # 20 log10(1 / 0.1), but for white, which is cut
+    assert done.stdout == render_restoration(results) == output.with_suffix(".md").read_text()
+    assert "| nearest pixel |" in done.stdout and "| lanczos |" in done.stdout
+    assert Image.open(output.with_suffix(".png")).width < Image.open(output.with_suffix(".png")).height
+    assert Image.open(output.with_name("restoration_strength.png")).size == (560, 320)
+    drawn = sorted(output.with_suffix("").glob("*/*.npy"))
+    times = [file.stat().st_mtime_ns for file in drawn]
+    drawn[0].unlink()
+    assert subprocess.run(command, capture_output=True, env=environment).returncode == 0  # goes on where it stopped
+    assert [file.stat().st_mtime_ns for file in drawn][1:] == times[1:] and drawn[0].exists()
+    again = json.loads(output.read_text())
+    assert again["tasks"] == tasks
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--tasks", "deblurring"],
+            "tasks must be of reconstruction, inpainting, super_resolution, denoising, got deblur",
+        ),
+        (["--num_images", "1"], "num_images must be at least 2, got 1"),
+    ],
+)
+def test_wrong_settings_are_answered_in_one_line(flags, message):
+    script = ROOT / "train_scripts" / "evaluate_reconstruction.py"
+    command = [sys.executable, str(script), "--dataset_name", "bloodmnist", "--output", "a.json", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
