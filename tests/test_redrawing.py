@@ -1,4 +1,4 @@
-"""`visbio reconstruct`, `visbio edit` and `visbio restore`: what they write, the record in it, and their one-line answers."""
+"""`visbio reconstruct`, `visbio edit` and `visbio restore`: what they write, its record, and one-line answers."""
 
 import json
 

@@ -111,7 +111,7 @@ def test_script_measures_real_images(visbio_data, tmp_path):
     [
         (
             ["--tasks", "deblurring"],
-            "tasks must be of reconstruction, inpainting, super_resolution, denoising, got deblur",
+            "tasks must be of reconstruction, inpainting, super_resolution, denoising, got",
         ),
         (["--num_images", "1"], "num_images must be at least 2, got 1"),
     ],
