@@ -118,9 +118,8 @@ def test_one_step_gives_the_mean_of_the_posterior(gaussian):
     pipe, given = gaussian("EulerDiscreteScheduler", "epsilon", **SCHEDULES["linear"]), _pixels()
     drawn = _draw(pipe, given, noise_std=0.1, num_inference_steps=1)[0]
     mean, covariance = _posterior(given, 1, 0.1)
-    assert (
-        np.abs(_squares(drawn).numpy() - mean).max() < 0.1 * covariance[0, 0] ** 0.5
-    )  # noise up to the next timestep
+    error = (_squares(drawn).numpy() - mean) / covariance[0, 0] ** 0.5
+    assert (error**2).mean() ** 0.5 < 0.2  # of noise up to the next timestep; a sample has 1
 
 
 def _draw(pipe, image, factor=1, noise_std=0.0, seed=0, **kwargs):

@@ -2,26 +2,24 @@
 
 python train_scripts/evaluate_reconstruction.py --dataset_name bloodmnist --output runs/restoration.json
 Real images that the model has not learned from are degraded and restored, by the model and by common methods. Results
-go to a JSON file; tables, a plot and a sheet of pictures beside it. What was drawn is kept in a folder of its name, so
+go to a JSON file; tables, a plot and sheets of pictures beside it. What was drawn is kept in a folder of its name, so
 that a killed run goes on when it is started again.
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from visbio_diffusers import VisBioImg2ImgPipeline, VisBioInpaintPipeline, VisBioRestorationPipeline, evaluation
+from visbio_diffusers import evaluation
 from visbio_diffusers.captions import load_bank
 from visbio_diffusers.config import flag, parse, run
 from visbio_diffusers.data import load_image_dataset
 from visbio_diffusers.evaluation import features as networks
+from visbio_diffusers.evaluation.degraded import Bench, Method
 from visbio_diffusers.evaluation.evaluators import find_evaluators
 from visbio_diffusers.evaluation.restoration import TASKS, Beholder, distortion, plot_strengths, render_restoration
 from visbio_diffusers.files import whole_file
@@ -29,7 +27,6 @@ from visbio_diffusers.grid import contact_sheet, save_png
 from visbio_diffusers.load import load_pipeline
 
 
-Method = Callable[[slice], np.ndarray]  # rows -> restored images, uint8 (n, height, width, channels)
 JUDGES = "cnn3", "simclr"
 
 
@@ -64,126 +61,27 @@ class EvaluateReconstructionConfig:
             raise ValueError(f"num_images must be at least 2, got {self.num_images}")
 
 
-class Bench:
-    """The images, and the ways to degrade and restore them."""
+class Originals:
+    """The images that are degraded, and others of their set."""
 
-    def __init__(self, config: EvaluateReconstructionConfig):
-        pipe, self.facts = load_pipeline(config.model or None)
-        pipe.set_progress_bar_config(disable=True)
-        self.config, self.side = config, pipe.unet.config.sample_size
-        dataset = load_image_dataset(config.dataset_name, config.split, resolution=self.side)
-        images = evaluation.as_split(dataset)
-        if dataset.bank is None or len(images.labels) <= config.num_images + 1:
-            raise ValueError(f"{dataset.name} needs a caption bank, and more than {config.num_images + 1} images")
-        self.dataset = dataset.name
-        order = np.random.default_rng(config.seed).permutation(len(images.labels))
-        rows = order[: config.num_images]
-        self.images, self.labels = images.images[rows], images.labels[rows]
-        self.others = images.images[order[config.num_images :]]
+    def __init__(self, config: EvaluateReconstructionConfig, side: int):
+        dataset = load_image_dataset(config.dataset_name, config.split, resolution=side)
+        found, count = evaluation.as_split(dataset), config.num_images
+        if dataset.bank is None or len(found.labels) <= count + 1:
+            raise ValueError(f"{dataset.name} needs a caption bank, and more than {count + 1} images")
+        order = np.random.default_rng(config.seed).permutation(len(found.labels))
+        self.images, self.labels = found.images[order[:count]], found.labels[order[:count]]
+        self.others, self.dataset = found.images[order[count:]], dataset.name
         bank = load_bank(dataset.bank)
         self.captions = [bank.plain_caption(int(label)) for label in self.labels]
-        kinds = VisBioImg2ImgPipeline, VisBioInpaintPipeline, VisBioRestorationPipeline
-        self.redraw, self.inpaint, self.restore = (kind(**pipe.components) for kind in kinds)
-        for each in (self.redraw, self.inpaint, self.restore):
-            each.set_progress_bar_config(disable=True)
-        self.empty = pipe.encode_prompt("", do_classifier_free_guidance=False)[0]
-        self.rng = np.random.default_rng(config.seed)
-        places = self.rng.integers(0, self.side - config.hole + 1, (config.num_images, 2))
-        self.holes = [(slice(y, y + config.hole), slice(x, x + config.hole)) for y, x in places]
-        self.masks = np.zeros(self.images.shape[:3], np.uint8)
-        for mask, hole in zip(self.masks, self.holes):
-            mask[hole] = 255
-
-    def ours(self, pipe, given: np.ndarray, captions: bool = False, draw: int = 0, **call) -> Method:
-        """Return what a pipeline of ours draws of given images, each from a seed of its own."""
-
-        def method(rows: slice) -> np.ndarray:
-            seeds = range(len(self.images))[rows]
-            text = {"prompt_embeds": self.empty.expand(len(seeds), -1, -1)}
-            text = {"prompt": self.captions[rows]} if captions else text
-            generators = [torch.Generator().manual_seed(draw * len(self.images) + seed) for seed in seeds]
-            arrays = {name: value[rows] if isinstance(value, np.ndarray) else value for name, value in call.items()}
-            steps = {"num_inference_steps": self.config.num_inference_steps, "guidance_scale": 1.0}
-            images = pipe(image=given[rows], generator=generators, output_type="np", **text, **steps | arrays).images
-            return (images * 255).round().astype(np.uint8)
-
-        return method
-
-    def reconstruction(self) -> tuple[np.ndarray, dict[str, Method]]:
-        """Return the images and their reconstructions."""
-        strengths = self.config.strengths
-        return self.images, {f"{each:g}": self.ours(self.redraw, self.images, strength=each) for each in strengths}
-
-    def inpainting(self) -> tuple[np.ndarray, dict[str, Method]]:
-        """Return images with holes, and ways to fill them."""
-        from scipy.ndimage import distance_transform_edt
-        from skimage.restoration import inpaint_biharmonic
-
-        def nearest(image, mask):
-            return image[tuple(distance_transform_edt(mask, return_distances=False, return_indices=True))]
-
-        def biharmonic(image, mask):
-            return _to_uint8(inpaint_biharmonic(image, mask > 0, channel_axis=-1))
-
-        given = np.where(self.masks[..., None] > 0, 0, self.images).astype(np.uint8)
-        methods = {"nearest pixel": _each(nearest, given, self.masks)}
-        methods["biharmonic"] = _each(biharmonic, given, self.masks)
-        for name, captions in (("ours, no text", False), ("ours, caption", True)):
-            methods[name] = self.ours(self.inpaint, given, captions, mask_image=self.masks[..., None])
-        return given, methods
-
-    def super_resolution(self) -> tuple[np.ndarray, dict[str, Method]]:
-        """Return reduced images, and ways to enlarge them."""
-        factor = self.config.factor
-        pixels = torch.from_numpy(self.images).permute(0, 3, 1, 2).float()
-        given = F.avg_pool2d(pixels, factor).round().byte().permute(0, 2, 3, 1).numpy()
-
-        def resized(kind):
-            size = self.side, self.side
-            return lambda image: np.asarray(Image.fromarray(image).resize(size, getattr(Image.Resampling, kind)))
-
-        methods = {kind.lower(): _each(resized(kind), given) for kind in ("BILINEAR", "BICUBIC", "LANCZOS")}
-        methods["ours"] = self.ours(self.restore, given, factor=factor)
-        return given, methods
-
-    def denoising(self) -> tuple[np.ndarray, dict[str, Method]]:
-        """Return noisy images of the last level, and ways to clean those of all levels."""
-        from skimage.restoration import denoise_nl_means, denoise_tv_chambolle
-
-        def nl_means(image, std):
-            options = {"patch_size": 3, "patch_distance": 7, "h": 0.6 * std, "sigma": std, "channel_axis": -1}
-            return _to_uint8(denoise_nl_means(image / 255, **options))
-
-        def total_variation(image, std):
-            return _to_uint8(denoise_tv_chambolle(image / 255, weight=0.75 * std, channel_axis=-1))
-
-        methods = {}
-        for std in self.config.noise_stds:
-            noise = np.random.default_rng(self.config.seed).standard_normal(self.images.shape)
-            given = _to_uint8(self.images / 255 + std * noise)
-            stds, at = np.full(len(given), std), f"noise {std:g}: "
-            methods[f"{at}as it is"] = _each(lambda image: image, given)
-            methods[f"{at}non-local means"] = _each(nl_means, given, stds)
-            methods[f"{at}total variation"] = _each(total_variation, given, stds)
-            call = {"noise_std": std, "num_inference_steps": self.config.denoising_steps}
-            draws = [self.ours(self.restore, given, draw=draw, **call) for draw in range(self.config.num_samples)]
-            methods[f"{at}ours, sample"] = draws[0]
-            methods[f"{at}ours, mean of {len(draws)} samples"] = _mean(draws)
-            methods[f"{at}ours, one step"] = self.ours(self.restore, given, **call | {"num_inference_steps": 1})
-        return given, methods
 
 
-def _to_uint8(images: np.ndarray) -> np.ndarray:
-    return (images.clip(0, 1) * 255).round().astype(np.uint8)
-
-
-def _each(function: Callable, *arrays: np.ndarray) -> Method:
-    """Return a method that takes images one by one."""
-    return lambda rows: np.stack([function(*each) for each in zip(*(array[rows] for array in arrays))])
-
-
-def _mean(draws: list[Method]) -> Method:
-    return lambda rows: np.mean([draw(rows) for draw in draws], axis=0).round().astype(np.uint8)
+def degrade(bench: Bench, config: EvaluateReconstructionConfig, task: str) -> tuple[np.ndarray, dict[str, Method]]:
+    """Return the images that are given in a task, and the methods."""
+    if task == "denoising":
+        return bench.denoising(config.noise_stds, config.denoising_steps, config.num_samples)
+    settings = {"reconstruction": config.strengths, "inpainting": config.hole, "super_resolution": config.factor}
+    return getattr(bench, task)(settings[task])
 
 
 def restored(config: EvaluateReconstructionConfig, facts: dict, task: str, name: str, method: Method) -> np.ndarray:
@@ -200,17 +98,15 @@ def restored(config: EvaluateReconstructionConfig, facts: dict, task: str, name:
     return np.concatenate(batches)
 
 
-def measured(bench: Bench, beholder: Beholder, task: str, images: np.ndarray) -> dict:
-    """Return what is measured of restored images."""
-    shown, originals = images, bench.images
-    if task == "inpainting":
-        known = bench.masks == 0
-        if not np.array_equal(images[known], bench.images[known]):
-            raise ValueError("inpainting has changed pixels that it was given")
-        shown, originals = (
-            np.stack([each[hole] for each, hole in zip(pictures, bench.holes)]) for pictures in (images, bench.images)
-        )
-    return {**distortion(shown, originals), "judges": beholder(images)}
+def in_holes(bench: Bench, images: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the contents of the holes of inpainted images, and of the originals, whose other pixels must be there."""
+    holes = bench.holes(side)
+    rest = bench.images.copy()
+    for kept, image, hole in zip(rest, images, holes):
+        kept[hole] = image[hole]
+    if not np.array_equal(rest, images):
+        raise ValueError("inpainting has changed pixels that it was given")
+    return tuple(np.stack([image[hole] for image, hole in zip(each, holes)]) for each in (images, bench.images))
 
 
 def load_judges(config: EvaluateReconstructionConfig, side: int) -> dict[str, networks.ImageEncoder]:
@@ -233,20 +129,28 @@ def load_judges(config: EvaluateReconstructionConfig, side: int) -> dict[str, ne
 
 def main(config: EvaluateReconstructionConfig) -> int:
     """Restore, measure, and write results, tables, plot and pictures."""
-    bench = Bench(config)
-    judges = load_judges(config, bench.side)
-    beholder = Beholder(judges, bench.images, bench.labels, bench.others)
-    tasks, pictures = {}, {}
+    pipe, facts = load_pipeline(config.model or None)
+    side = pipe.unet.config.sample_size
+    real = Originals(config, side)
+    bench = Bench(pipe, real.images, real.captions, config.num_inference_steps, config.seed)
+    judges = load_judges(config, side)
+    beholder = Beholder(judges, real.images, real.labels, real.others)
+    output, tasks = Path(config.output), {}
     for task in config.tasks:
-        given, methods = getattr(bench, task)()
-        images = {name: restored(config, bench.facts, task, name, method) for name, method in methods.items()}
-        tasks[task] = {name: measured(bench, beholder, task, each) for name, each in images.items()}
-        pictures[task] = {"original": bench.images, "given": given, **images}
-    own = beholder(bench.images)
+        given, methods = degrade(bench, config, task)
+        images = {name: restored(config, facts, task, name, method) for name, method in methods.items()}
+        tasks[task] = {}
+        for name, each in images.items():
+            compared = in_holes(bench, each, config.hole) if task == "inpainting" else (each, real.images)
+            tasks[task][name] = {**distortion(*compared), "judges": beholder(each)}
+        shown = {"original": real.images, "given": given, **images}
+        save_png(sheet(shown), output.with_name(f"{output.stem}_{task}.png"))
+    own = beholder(real.images)
     results = {
         **evaluation.environment(),
-        **{"dataset": bench.dataset, "split": config.split, "n": config.num_images, "num_others": len(bench.others)},
-        "settings": f"{config.num_inference_steps} steps ({config.denoising_steps} in denoising), seed {config.seed}",
+        **{"dataset": real.dataset, "split": config.split, "n": config.num_images, "num_others": len(real.others)},
+        "settings": f"{config.num_inference_steps} steps ({config.denoising_steps} in denoising), no guidance, seed"
+        f" {config.seed}; holes of {config.hole} x {config.hole} pixels, super-resolution by {config.factor}",
         "judges": {
             name: {
                 "sha256": evaluation.weights_hash(judge),
@@ -257,11 +161,10 @@ def main(config: EvaluateReconstructionConfig) -> int:
         },
         "tasks": tasks,
     }
-    evaluation.write_results(results, config.output)
-    output, table = Path(config.output), render_restoration(results)
+    evaluation.write_results(results, output)
+    table = render_restoration(results)
     with whole_file(output.with_suffix(".md")) as temporary:
         temporary.write_text(table, encoding="utf-8")
-    save_png(sheet(pictures), output.with_suffix(".png"))
     if "reconstruction" in tasks:
         by_strength = {float(strength): entry for strength, entry in tasks["reconstruction"].items()}
         save_png(plot_strengths(by_strength), output.with_name(f"{output.stem}_strength.png"))
@@ -269,14 +172,11 @@ def main(config: EvaluateReconstructionConfig) -> int:
     return 0
 
 
-def sheet(pictures: dict[str, dict[str, np.ndarray]], columns: int = 8) -> Image.Image:
-    """Return a picture with the first images of each task and method, a row for each."""
-    tiles, titles = [], []
-    for task, methods in pictures.items():
-        for name, images in methods.items():
-            tiles += [Image.fromarray(image) for image in images[:columns]]
-            titles += [f"{task.replace('_', '-')}: {name}", *[""] * (len(images[:columns]) - 1)]
-    return contact_sheet(tiles, titles, columns=min(columns, len(tiles)), tile=84, caption_lines=2)
+def sheet(methods: dict[str, np.ndarray], rows: int = 5) -> Image.Image:
+    """Return a picture of the first images, a row for each, and of what the methods have made of them."""
+    first = [images[:rows] for images in methods.values()]
+    tiles = [Image.fromarray(image) for row in zip(*first) for image in row]
+    return contact_sheet(tiles, list(methods) * len(first[0]), columns=len(methods), tile=84, caption_lines=3)
 
 
 if __name__ == "__main__":

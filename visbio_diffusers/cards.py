@@ -167,7 +167,9 @@ def render_card(folder: Path, repo: str | None = None) -> str:
         parts.append("## Memorization\n\n" + audit_text(audit))
     restoration = _read(folder / "restoration.json")
     if restoration:
-        parts.append("## Given images: restored, inpainted, redrawn\n\n" + render_restoration(restoration).strip())
+        pictures = sorted(file.name for file in folder.glob("restoration_*.png"))
+        shown = "".join(f"![{name.removesuffix('.png').replace('_', ' ')}]({name})\n\n" for name in pictures)
+        parts.append(f"## What it makes of given images\n\n{shown}{render_restoration(restoration).strip()}")
     data = card_data(folder, card.data.to_dict(), training, results, name)
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
 

@@ -87,7 +87,7 @@ class VisBioRestorationPipeline(VisBioPipelineMixin, DiffusionPipeline, VisBioLo
                 Default is the size the model was trained at.
             num_inference_steps (`int`): denoising steps; one more, at the noise of the image, if it is enlarged, and
                 less if its noise is less than that of so many timesteps.
-            guidance_scale (`float`): weight of the text; 1 is the posterior, more than the posterior has of the text.
+            guidance_scale (`float`): weight of the text; 1 samples the posterior, more follows the text more closely.
             num_images_per_prompt (`int`): samples for each image.
             latents (`torch.Tensor` of shape `(batch, channels, height, width)`, *optional*): standard normal noise to
                 start from.
