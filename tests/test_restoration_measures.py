@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from visbio_diffusers.evaluation import features as networks
+from visbio_diffusers.evaluation.degraded import Bench
 from visbio_diffusers.evaluation.restoration import (
     Beholder,
     distortion,
@@ -66,6 +68,15 @@ def test_judges_see_noise_and_the_originals(real):
         assert found[name]["paired"]["low"] > 0.5 and found[name]["frechet"]["ratio"]["low"] > 1.1
 
 
+def test_holes_lie_within_the_images(tiny_pipeline, real):
+    bench = Bench(tiny_pipeline, real[0][:40], ["a cell"] * 40, 1, 0)
+    inside = [image[hole].shape for image, hole in zip(real[0], bench.holes(12))]
+    assert set(inside) == {(12, 12, 3)} and len(set(map(str, bench.holes(12)))) > 20
+    assert bench.holes(12) == bench.holes(12) and bench.holes(28)[0] == (slice(0, 28), slice(0, 28))
+    with pytest.raises(ValueError, match="a hole has from 1 to 28 pixels each way, not 29"):
+        bench.holes(29)
+
+
 def test_plot_has_the_points_in_their_places():
     entry = {"value": 10.0, "low": 10.0, "high": 10.0}
     half = {"value": 0.5, "low": 0.5, "high": 0.5}
@@ -75,9 +86,9 @@ def test_plot_has_the_points_in_their_places():
     assert set(inner[:, 0]) <= {29, 30, 31} and len(inner) > 400  # 10 of 10 dB: the upper edge
 
 
-def test_script_measures_real_images(visbio_data, tmp_path):
-    output = tmp_path / "found" / "restoration.json"
-    data = visbio_data / "medmnist" / "bloodmnist_rebuilt_28.npz"
+def test_script_measures_real_images(real, tmp_path):
+    output, data = tmp_path / "found" / "restoration.json", tmp_path / "bloodmnist_few.npz"
+    np.savez(data, test_images=real[0][:40], test_labels=real[1][:40, None].astype(np.uint8))
     flags = ["--dataset_name", str(data), "--output", str(output), "--num_images", "3", "--batch_size", "2"]
     flags += ["--num_inference_steps", "1", "--denoising_steps", "1", "--num_samples", "2", "--strengths", "0", "1"]
     flags += ["--noise_stds", "0.1", "--evaluators", str(JUDGES)]
@@ -115,8 +126,10 @@ def test_script_measures_real_images(visbio_data, tmp_path):
         (["--num_images", "1"], "num_images must be at least 2, got 1"),
     ],
 )
-def test_wrong_settings_are_answered_in_one_line(flags, message):
-    script = ROOT / "train_scripts" / "evaluate_reconstruction.py"
-    command = [sys.executable, str(script), "--dataset_name", "bloodmnist", "--output", "a.json", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+def test_wrong_settings_are_answered_in_one_line(flags, message, capsys):
+    script = runpy.run_path(str(ROOT / "train_scripts" / "evaluate_reconstruction.py"))
+    argv = ["--dataset_name", "bloodmnist", "--output", "a.json", *flags]
+    with pytest.raises(SystemExit) as end:
+        script["parse"](script["EvaluateReconstructionConfig"], {}, argv)
+    shown = capsys.readouterr().err
+    assert end.value.code == 2 and message in shown and shown.count("\n") == 1

@@ -115,9 +115,7 @@ def restore(
     sampling = {**degradation, "num_images_per_prompt": num_images, "generator": generators, **call}
     drawn = VisBioRestorationPipeline(**pipe.components)(prompt or None, given, **sampling).images
     parameters = {"prompt": prompt, "seed": seed, "num_images": num_images, **degradation, **call}
-    facts["degradation"] = (
-        f"image = mean of {factor} x {factor} pixels + Gaussian noise of std {noise_std:.4g} (white: 1)"
-    )
+    facts["degradation"] = f"mean of {factor} x {factor} pixels + Gaussian noise of std {noise_std:.4g} of white"
     _save(_side_by_side([*drawn, *_summary(drawn)]), output, image, "restored", parameters, facts)
     return noise_std
 
