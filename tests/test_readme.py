@@ -34,6 +34,8 @@ SMALL = {
     "benchmark.py": f"{FEW} --max_train_steps 2 --generator_preset tiny",
     "evaluate_low_data.py": "--per_class 10 --synthetic_per_class 1 --generator_steps 2 --generator_preset tiny"
     " --classifier_steps 2 --seeds 0",
+    "evaluate_reconstruction.py": "--num_images 2 --num_inference_steps 1 --denoising_steps 1 --num_samples 1"
+    " --evaluators model_cards/evaluators-blood-28",
     "evaluate_alignment.py": "--supervised_steps 2 --num_generator_images 2",
     "visbio evaluate": f"{FEW} --num_inference_steps 2 --evaluator_steps 2 --cas_steps 2",
     "visbio explain": "--num-seeds 2 --steps 2",

@@ -8,6 +8,7 @@ from visbio_diffusers.models.vision_visbio import VisBioVisionModel
 from visbio_diffusers.pipelines.pipeline_visbio import VisBioPipeline
 from visbio_diffusers.pipelines.pipeline_visbio_img2img import VisBioImg2ImgPipeline
 from visbio_diffusers.pipelines.pipeline_visbio_inpaint import VisBioInpaintPipeline
+from visbio_diffusers.pipelines.pipeline_visbio_restoration import VisBioRestorationPipeline
 from visbio_diffusers.registration import register
 
 
@@ -20,11 +21,12 @@ _LAZY = {
     "load_dual_encoder": "alignment",
     "load_image_dataset": "data",
 }
-_PIPELINES = (VisBioPipeline, VisBioImg2ImgPipeline, VisBioInpaintPipeline)
+_PIPELINES = (VisBioPipeline, VisBioImg2ImgPipeline, VisBioInpaintPipeline, VisBioRestorationPipeline)
 __all__ = [
     "VisBioImg2ImgPipeline",
     "VisBioInpaintPipeline",
     "VisBioPipeline",
+    "VisBioRestorationPipeline",
     "VisBioUNet",
     "VisBioVisionModel",
     *_LAZY,

@@ -2,7 +2,8 @@
 
 `about.md` in the folder of a model holds the prose, with the Hub's metadata (licence, data sets, base model) at its
 head. Added are how it was trained (training.json), what was measured (results.json of `visbio evaluate`, audit.json of
-`visbio audit`; of an adapter also base_results.json, the classes of its base), and metrics in the form of the Hub.
+`visbio audit`, restoration.json of `evaluate_reconstruction.py`; of an adapter also base_results.json, the classes of
+its base), and metrics in the form of the Hub.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from visbio_diffusers.alignment.measures import render_alignment
 from visbio_diffusers.data import list_datasets
 from visbio_diffusers.evaluation.report import cell, render_card_results
+from visbio_diffusers.evaluation.restoration import render_restoration
 from visbio_diffusers.evaluation.tuning import render_tuning
 from visbio_diffusers.load import DEFAULT_MODEL, LORA_WEIGHTS
 
@@ -163,6 +165,11 @@ def render_card(folder: Path, repo: str | None = None) -> str:
     audit = _read(folder / "audit.json")
     if audit:
         parts.append("## Memorization\n\n" + audit_text(audit))
+    restoration = _read(folder / "restoration.json")
+    if restoration:
+        pictures = sorted(file.name for file in folder.glob("restoration_*.png"))
+        shown = "".join(f"![{name.removesuffix('.png').replace('_', ' ')}]({name})\n\n" for name in pictures)
+        parts.append(f"## What it makes of given images\n\n{shown}{render_restoration(restoration).strip()}")
     data = card_data(folder, card.data.to_dict(), training, results, name)
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
 

@@ -29,11 +29,11 @@ def prepare_images(
     Raises:
         ValueError: for other types, channels, values or sizes; the message names the argument and the way out.
     """
-    images = _read("image", image, channels)
+    images = read_images("image", image, channels)
     pixels = torch.cat([_resize(each, height, width) for each in images])
     if mask_image is None:
         return pixels, None
-    masks = _read("mask_image", mask_image, 1)
+    masks = read_images("mask_image", mask_image, 1)
     sizes = [tuple(each.shape[-2:]) for each in images for _ in each]
     mask_sizes = [tuple(each.shape[-2:]) for each in masks for _ in each]
     if len(mask_sizes) not in (1, len(sizes)):
@@ -69,10 +69,18 @@ def expand(name: str, images: torch.Tensor, num_prompts: int, num_images_per_pro
     return images.repeat_interleave(num_images_per_prompt, dim=0)
 
 
-def _read(name, image, channels):
-    """Return tensors (batch, channels, height, width), float32 in [0, 1]."""
+def read_images(name: str, image, channels: int) -> list[torch.Tensor]:
+    """Return tensors `(batch, channels, height, width)`, float32 in [0, 1], of images in any form.
+
+    Args:
+        name (`str`): of the argument, for the error.
+        image, channels: as in [`prepare_images`].
+
+    Raises:
+        ValueError: for other types, channels or values.
+    """
     if isinstance(image, list | tuple) and image:
-        return [pixels for each in image for pixels in _read(name, each, channels)]
+        return [pixels for each in image for pixels in read_images(name, each, channels)]
     if isinstance(image, Image.Image):
         mode = MODES.get(channels)
         if name == "mask_image":
