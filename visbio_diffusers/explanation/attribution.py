@@ -187,10 +187,11 @@ def attribute_words(pipe, prompt: str | Sequence[str], **call: Any) -> list[Attr
     with AttentionRecorder(pipe.unet, len(prompts) * repeat) as recorder:
         images = pipe(prompts, **call).images
     found = recorder.token_maps(images[0].height, images[0].width)
-    return [_attribution(image, words[k // repeat], found[k]) for k, image in enumerate(images)]
+    return [merge_words(image, words[k // repeat], found[k]) for k, image in enumerate(images)]
 
 
-def _attribution(image: Image.Image, words: list[tuple[str, list[int]]], token_maps: torch.Tensor) -> Attribution:
+def merge_words(image: Image.Image, words: list[tuple[str, list[int]]], token_maps: torch.Tensor) -> Attribution:
+    """Return the shares of words from the attention to tokens, `(tokens, height, width)`."""
     maps = torch.stack([token_maps[tokens].sum(dim=0) for _, tokens in words])  # (words, H, W)
     total = maps.sum(dim=0)
     return Attribution(image, [word for word, _ in words], (maps / total).numpy(), float(total.mean()))
