@@ -6,7 +6,6 @@ A map that marks the middle of every image, where blood cells lie in their photo
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -41,7 +40,7 @@ class Truth(NamedTuple):
 
 
 def stained_cell(image: np.ndarray) -> np.ndarray | None:
-    """Return the stained part of the cell in the middle of a blood image, bool `(height, width)`, with what it encloses.
+    """Return the stained part of the cell in the middle of a blood image, bool `(height, width)`, without gaps.
 
     It is the convex hull of the connected part above Otsu's threshold of saturation less brightness that lies nearest
     to the middle; None where that is small or off the middle, or something else in the image is stained as well.
@@ -117,7 +116,7 @@ def off_centre_cells(dataset_name: str, split: str, count: int, seed: int = 0, s
 
 
 def off_centre_nuclei(dataset_name: str, split: str, count: int, seed: int = 0, side: int = 28) -> Truth:
-    """Return tiles of photographs with masks that show up to three nuclei, farther from the middle than all pixels are.
+    """Return tiles of photographs with masks that show up to three nuclei, farther from the middle than pixels are.
 
     That is by the mean of the squared distance. Prompts are the captions of the tiles; the word is "nucleus" or
     "nuclei".
