@@ -230,7 +230,16 @@ def attribute_image(
 ) -> Attribution:
     """Return maps of where in a given image the words of a prompt are read, once it is noised.
 
-    MEASURED
+    Measured in visbio-blood-28 (7 x 7 places) by the AUC with which a map ranks the pixels of what a word names, on
+    200 real test images each (train_scripts/evaluate_attribution.py; intervals in model_cards/attribution-28). Blood
+    cells moved to a corner, the cell's name: 0.978 by the heads of `HEADS`, 0.713 by all; a centred Gaussian has
+    0.444, the map of another image 0.490, a random other word of the prompt 0.324, a random word of all 0.452. Tiles
+    with nuclei off the middle, "nucleus" or "nuclei", adapter visbio-nuclei-lora: 0.811 by `HEADS`, 0.588 by all; a
+    centred Gaussian 0.288, another image 0.522, another word 0.498, a random word of all 0.605, which is above chance
+    because that may be the name itself. Brightness alone has 0.840 there, as most tiles are fluorescence, and 0.991
+    upside down in blood: that a map lies on the cell says what the word means to the model, not that it segments.
+    Words share each place, so that others fall below chance where one is on it; the article before a cell's name
+    follows the name (0.85, 16 images), as the text encoder has mixed the two.
 
     Args:
         pipe (`VisBioPipeline`): on its device, with LoRA adapters or without.

@@ -1,7 +1,7 @@
 """Real images in which the place of what a word names is known, away from the middle, to test maps of words on.
 
 A map that marks the middle of every image, where blood cells lie in their photographs, is of no worth here: over the
-200 images of each set a centred Gaussian ranks the pixels in question below the others.
+200 test images of each set a centred Gaussian ranks the pixels in question below the others (AUC 0.44 and 0.29).
 """
 
 from __future__ import annotations
