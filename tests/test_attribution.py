@@ -1,15 +1,24 @@
 """Maps of words: they are the attention of the half with text, and recording them changes nothing."""
 
+from contextlib import ExitStack
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
+from PIL import Image
 from transformers import AutoTokenizer
 
 from visbio_diffusers import default_model
-from visbio_diffusers.explanation.attribution import AttentionRecorder, attribute_words, word_tokens
+from visbio_diffusers.explanation.attribution import (
+    AttentionRecorder,
+    all_heads,
+    attribute_image,
+    attribute_words,
+    word_tokens,
+)
 
 
 PROMPTS = ["a monocyte", "platelets, Wright-Giemsa stain"]
@@ -149,3 +158,60 @@ def test_without_cross_attention_words_have_no_places(tiny_unet):
 def test_prompts_without_words_are_refused(tiny_pipeline, prompt, message):
     with pytest.raises(ValueError, match=message):
         attribute_words(tiny_pipeline, prompt)
+
+
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 12, 3), dtype=np.uint8))
+
+
+def test_given_images_are_noised_and_read_once(tiny_pipeline):
+    found = attribute_image(tiny_pipeline, IMAGE, "a monocyte, stain", levels=(0.4,), num_noises=2, seed=3)
+    assert found.words == ["a", "monocyte", "stain"] and found.maps.shape == (3, 8, 12) and found.image is IMAGE
+    np.testing.assert_allclose(found.maps.sum(axis=0), 1, atol=1e-5)
+    clean = torch.tensor(np.asarray(IMAGE) / 127.5 - 1).permute(2, 0, 1).float()
+    noise = torch.randn(2, 3, 8, 12, generator=torch.Generator().manual_seed(3))
+    signal = tiny_pipeline.scheduler.alphas_cumprod[399]
+    states, _ = tiny_pipeline.encode_prompt(["a monocyte, stain"] * 2, do_classifier_free_guidance=False)
+    with AttentionRecorder(tiny_pipeline.unet, 2) as recorder, torch.no_grad():
+        tiny_pipeline.unet(signal.sqrt() * clean + (1 - signal).sqrt() * noise, 399, encoder_hidden_states=states)
+    tokens = [places for _, places in word_tokens(tiny_pipeline.tokenizer, "a monocyte, stain", 160)]
+    maps = recorder.token_maps(8, 12).mean(dim=0)
+    expected = torch.stack([maps[places].sum(dim=0) for places in tokens])
+    torch.testing.assert_close(torch.tensor(found.maps), expected / expected.sum(dim=0), rtol=1e-3, atol=1e-4)
+
+
+def test_chosen_heads_are_read_alone(tiny_pipeline):
+    heads = all_heads(tiny_pipeline.unet)
+    assert heads == [(0, 0), (0, 1)]
+    with ExitStack() as stack:
+        recorders = [
+            stack.enter_context(AttentionRecorder(tiny_pipeline.unet, 2, each))
+            for each in (None, [heads[0]], [heads[1]])
+        ]
+        draw(tiny_pipeline, guidance_scale=1.0)
+    both, first, second = (recorder.token_maps(8, 8) for recorder in recorders)
+    torch.testing.assert_close(both, (first + second) / 2)
+    assert (first - second).abs().max() > 1e-3
+    for absent in ([(0, 2)], [(1, 0)], []):
+        with pytest.raises(ValueError, match="no head"):
+            AttentionRecorder(tiny_pipeline.unet, 2, absent)
+
+
+@pytest.mark.parametrize(
+    ("image", "prompt", "levels", "message"),
+    [
+        (IMAGE, "...", (0.5,), "has no word"),
+        (IMAGE, "", (0.5,), "is empty"),
+        (IMAGE, "a cell", (0.5, 1.5), "above 0 and at most 1"),
+        (IMAGE, "a cell", (), "above 0 and at most 1"),
+        (IMAGE.resize((7, 8)), "a cell", (0.5,), "multiples of"),
+    ],
+)
+def test_what_cannot_be_explained_is_refused(tiny_pipeline, image, prompt, levels, message):
+    with pytest.raises(ValueError, match=message):
+        attribute_image(tiny_pipeline, image, prompt, levels=levels)
+
+
+def test_latent_models_are_refused(tiny_stable_diffusion_dir):
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_stable_diffusion_dir)
+    with pytest.raises(ValueError, match="a StableDiffusionPipeline does not denoise pixels"):
+        attribute_image(pipe, IMAGE, "a cell")

@@ -78,6 +78,34 @@ def test_without_another_prompt_there_is_no_part_on_it(explain, tmp_path):
     assert len(page.references) == 5 and "other words change" not in page.text
 
 
+@pytest.fixture
+def photograph(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images") / "cell <1>.png"
+    Image.linear_gradient("L").resize((40, 30)).save(path)
+    return path
+
+
+def test_a_given_image_is_explained_without_drawing(explain, photograph, tmp_path):
+    assert explain(HOSTILE, "--image", str(photograph), "--seed", "5") == 0
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert len(page.references) == 3 and "A given image" in page.text and "Synthetic" not in page.text
+    assert not page.tags & {"script", "b", "link", "iframe"}
+    record = json.loads(page.text[page.text.index("{\n") : page.text.rindex("}") + 1])
+    assert record["image"] == "cell <1>.png" and record["prompt"] == HOSTILE and record["seed"] == 5
+    assert "synthetic" not in record
+
+
+def test_images_that_cannot_be_explained_say_so(explain, photograph, tiny_stable_diffusion_dir, tmp_path, capsys):
+    assert explain("a cell", "--image", "absent.png") == 1
+    assert "no file absent.png" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        explain("a cell", "--image", str(photograph), "--instead", "a thing")
+    assert "--instead compares drawn images" in capsys.readouterr().err
+    assert explain("a cell", "--image", str(photograph), model=tiny_stable_diffusion_dir) == 1
+    assert "a VisBioPipeline, not a StableDiffusionPipeline" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("prompt", "more", "code", "message"),
     [

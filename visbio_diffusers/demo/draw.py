@@ -21,7 +21,7 @@ from visbio_diffusers.demo.models import (
     heard_warnings,
 )
 from visbio_diffusers.evaluation.memorization import nearest_distances
-from visbio_diffusers.explanation.attribution import attribute_words
+from visbio_diffusers.explanation.attribution import HEADS, attribute_words
 from visbio_diffusers.explanation.report import word_sheet
 from visbio_diffusers.grid import contact_sheet
 
@@ -73,7 +73,8 @@ def draw_images(
         sheet = None
         if word_maps:
             generators = [torch.Generator().manual_seed(item.seed) for item in items]
-            found = attribute_words(studio.pipe, [prompt] * len(items), generator=generators, **studio.call)
+            heads = HEADS.get(studio.provenance["model"])
+            found = attribute_words(studio.pipe, [prompt] * len(items), heads, generator=generators, **studio.call)
             images, sheet = [each.image for each in found], _stacked([word_sheet(each) for each in found])
         else:
             images = [image for _, image in generate.draw(studio, [items], len(items))]
