@@ -108,7 +108,8 @@ class Bench:
     ) -> tuple[np.ndarray, dict[str, Method]]:
         """Return noisy images, and ways to clean those of all levels of noise; white is 1.
 
-        The weights of the common methods are those of the highest PSNR among several, on 64 images of the test split.
+        The weights of the common methods are those of the highest PSNR of a few, on 64 images of the test split; that
+        of non-local means is the lowest that was tried (model_cards/EXPERIMENTS.md).
         """
         from skimage.restoration import denoise_nl_means, denoise_tv_chambolle
 
