@@ -15,8 +15,8 @@ from PIL import Image
 
 from visbio_diffusers import evaluation
 from visbio_diffusers.config import flag, parse, run
-from visbio_diffusers.evaluation.sampling import draw_on_cores, generate_images
-from visbio_diffusers.load import DEFAULT_MODEL, load_pipeline
+from visbio_diffusers.evaluation.sampling import stored_images
+from visbio_diffusers.load import DEFAULT_MODEL
 from visbio_diffusers.preferences import add_preference
 from visbio_diffusers.prompts import load_prompts, prompts_of_round
 from visbio_diffusers.rewards import find_reward, score_images
@@ -69,9 +69,7 @@ def main(config: PairsConfig) -> int:
     prompts = [text for text in asked for _ in range(2)]
     request = config.model or DEFAULT_MODEL, prompts, config.seed
     store = Path(config.output_dir, "drawn", evaluation.store_name(*request))
-    settings = (config.model or None, None)
-    draw_on_cores(settings, prompts, config.seed, BATCH, store, config.num_processes)
-    images = generate_images(load_pipeline(*settings)[0], prompts, config.seed, BATCH, store=store).images
+    images = stored_images((config.model or None,), prompts, config.seed, BATCH, store, config.num_processes)
     scores = score_images(reward, images, prompts).reshape(-1, 2)
     chosen = choose(scores, config.temperature, np.random.default_rng(config.seed))
     for row, (prompt, better) in enumerate(zip(asked, chosen)):

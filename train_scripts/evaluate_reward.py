@@ -13,11 +13,11 @@ from PIL import Image
 
 from visbio_diffusers import evaluation
 from visbio_diffusers.config import flag, parse, run
-from visbio_diffusers.evaluation.sampling import draw_on_cores, generate_images
+from visbio_diffusers.evaluation.sampling import stored_images
 from visbio_diffusers.evaluation.tuning import gain
 from visbio_diffusers.files import digest
 from visbio_diffusers.grid import contact_sheet, save_png
-from visbio_diffusers.load import DEFAULT_MODEL, LORA_WEIGHTS, load_pipeline
+from visbio_diffusers.load import DEFAULT_MODEL, LORA_WEIGHTS
 from visbio_diffusers.prompts import load_prompts
 from visbio_diffusers.rewards import find_reward, score_images
 
@@ -41,8 +41,7 @@ def draw(config: EvaluateRewardConfig, lora: str | None, prompts: list[str]) -> 
     request = config.model or DEFAULT_MODEL, digest(Path(lora) / LORA_WEIGHTS) if lora else "", prompts, config.seed
     store = Path(config.output).with_suffix("") / evaluation.store_name(*request)
     settings = (config.model or None, None, "float32", lora, 1.0)
-    draw_on_cores(settings, prompts, config.seed, 32, store, config.num_processes)
-    return generate_images(load_pipeline(*settings)[0], prompts, config.seed, 32, store=store).images
+    return stored_images(settings, prompts, config.seed, 32, store, config.num_processes)
 
 
 def main(config: EvaluateRewardConfig) -> int:

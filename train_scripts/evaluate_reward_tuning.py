@@ -19,7 +19,7 @@ from visbio_diffusers.captions import load_bank
 from visbio_diffusers.config import flag, parse, run
 from visbio_diffusers.data import load_image_dataset
 from visbio_diffusers.evaluation import features as judging
-from visbio_diffusers.evaluation.sampling import draw_on_cores, generate_images
+from visbio_diffusers.evaluation.sampling import stored_images
 from visbio_diffusers.evaluation.tuning import Judged, compare, render_tuning, share_right
 from visbio_diffusers.files import digest
 from visbio_diffusers.grid import contact_sheet, save_png
@@ -107,9 +107,7 @@ def draw(config: EvaluateTuningConfig, lora: str | None, prompts: list[str]) -> 
     request = config.model or DEFAULT_MODEL, sha256, prompts, config.seed
     store = Path(config.output).with_suffix("") / "images" / evaluation.store_name(*request)
     settings = (model, None, "float32", lora, 1.0)
-    draw_on_cores(settings, prompts, config.seed, 64, store, config.num_processes)
-    pipe, _ = load_pipeline(*settings)
-    return generate_images(pipe, prompts, config.seed, store=store).images
+    return stored_images(settings, prompts, config.seed, 64, store, config.num_processes)
 
 
 def judged(model, subtypes: Subtypes, images: np.ndarray, class_images: np.ndarray) -> Judged:

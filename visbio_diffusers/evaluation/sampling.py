@@ -151,6 +151,20 @@ def draw_on_cores(
     return None if None in peaks else max(peaks)
 
 
+def stored_images(
+    model: tuple, prompts: list[str], first_seed: int, batch_size: int, store: str | Path, processes: int
+) -> np.ndarray:
+    """Return images of prompts, uint8 `(n, height, width, channels)`; what the store has is not drawn again.
+
+    Args:
+        model, prompts, first_seed, batch_size, store, processes: see [`draw_on_cores`]; one process is this one.
+    """
+    if processes > 1:
+        draw_on_cores(model, prompts, first_seed, batch_size, store, processes)
+    pipe, _ = load_pipeline(*model)
+    return generate_images(pipe, prompts, first_seed, batch_size, store=store).images
+
+
 _worker: dict[str, DiffusionPipeline] = {}  # the pipeline of a process of `draw_on_cores`
 
 
