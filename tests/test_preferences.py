@@ -262,9 +262,10 @@ def test_a_reward_judges_pairs_and_measures_an_adapter_that_learned_from_them(ti
     run("train_dpo_lora.py", "--preferences", pairs, *flags, "--max_train_steps", 2, "--train_batch_size", 4)
     output = tmp_path / "gain.json"
     asked = (*model, "--loras", f"dpo={tmp_path}/run/lora", "--rewards", "brightness", "--output", output)
-    assert measure("evaluate_reward.py", "EvaluateRewardConfig", *asked, "--num_images_per_prompt", 1) == 0
+    few = "--num_prompts", 22, "--num_images_per_prompt", 1
+    assert measure("evaluate_reward.py", "EvaluateRewardConfig", *asked, *few) == 0
     entry = json.loads(output.read_text())["rewards"]["brightness"]
-    assert entry["dpo"]["gain"]["n"] == 88 and 0 < entry["base"]["mean"] < 1 and output.with_suffix(".png").exists()
+    assert entry["dpo"]["gain"]["n"] == 22 and 0 < entry["base"]["mean"] < 1 and output.with_suffix(".png").exists()
     assert entry["dpo"]["above_median"] == pytest.approx(0.5 + entry["dpo"]["more_above_median"]["value"])
     assert "brightness, dpo: " in capsys.readouterr().out
     with pytest.raises(ValueError, match="loras are given as name=folder"):

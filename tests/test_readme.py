@@ -43,6 +43,8 @@ SMALL = {
     "visbio audit": "--num_images 16 --num_members 16",
     "train_alignment.py": "--max_train_steps 2 --train_batch_size 2 --report_to none --lr_warmup_steps 1",
     "evaluate_attribution.py": "--num_images 2 --num_choice_images 2 --num_noises 1",
+    "draw_pairs.py": "--num_pairs 2 --num_processes 1",
+    "evaluate_reward.py": "--num_prompts 2 --num_images_per_prompt 1 --num_processes 1",
     "evaluate_reward_tuning.py": "--judge_steps 2 --num_images_per_prompt 1 --num_class_images 1",
     "train_ddpo_lora.py": "--num_rounds 1 --num_prompts_per_round 2 --num_images_per_prompt 2 --sample_steps 4"
     " --train_batch_size 2 --num_validation_prompts 1 --draft_steps 1 --report_to none",

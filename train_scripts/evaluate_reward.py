@@ -30,6 +30,7 @@ class EvaluateRewardConfig:
     rewards: list[str] = field(metadata={"help": "what is measured, as --reward in train_ddpo_lora.py"})
     output: str = field(metadata={"help": "JSON file for the results; a picture goes beside it"})
     prompts: str = flag("bloodmnist", "caption bank, whose held-out prompts are drawn")
+    num_prompts: int = flag(0, "held-out prompts to draw; 0 is all")
     num_images_per_prompt: int = flag(6, "images of each prompt")
     model: str = flag("", "pipeline that the adapters are for; default is the one that we ship")
     num_processes: int = flag(2, "processes that draw")
@@ -51,6 +52,7 @@ def main(config: EvaluateRewardConfig) -> int:
         raise ValueError(f"loras are given as name=folder, each under another name: {' '.join(config.loras)}")
     rewards = {spec: find_reward(spec) for spec in config.rewards}
     heldout = load_prompts(config.prompts).heldout
+    heldout = heldout[: config.num_prompts or len(heldout)]
     if not heldout:
         raise ValueError(f"{config.prompts} has no held-out prompts: give a caption bank")
     prompts = [text for text in heldout for _ in range(config.num_images_per_prompt)]
