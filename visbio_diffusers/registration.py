@@ -6,9 +6,11 @@ folders and Hub repos without `trust_remote_code`, Diffusers' auto pipelines fin
 that skip transformer blocks know our blocks.
 """
 
+import sys
+
 import diffusers
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
+from diffusers.pipelines import pipeline_loading_utils
 
 
 LIBRARY = "visbio_diffusers"
@@ -29,8 +31,29 @@ def register(package, classes):
     for each in classes:
         setattr(diffusers, each.__name__, each)
         setattr(diffusers.pipelines, each.__name__, each)
-    auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["visbio"] = package.VisBioPipeline
-    auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING["visbio"] = package.VisBioImg2ImgPipeline
-    auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING["visbio"] = package.VisBioInpaintPipeline
+    _add_auto_pipelines(package)
     block = package.models.attention_visbio.VisBioTransformerBlock
     TransformerBlockRegistry.register(block, TransformerBlockMetadata(return_hidden_states_index=0))
+
+
+def _add_auto_pipelines(package):
+    """Add ours to Diffusers' auto pipelines, once they are imported: that takes half a second, so not before."""
+
+    def add(module):
+        module.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["visbio"] = package.VisBioPipeline
+        module.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING["visbio"] = package.VisBioImg2ImgPipeline
+        module.AUTO_INPAINT_PIPELINES_MAPPING["visbio"] = package.VisBioInpaintPipeline
+
+    loaded = sys.modules.get("diffusers.pipelines.auto_pipeline")
+    if loaded is not None:
+        add(loaded)
+        return
+    get_module = diffusers.pipelines._get_module
+
+    def get(name):
+        module = get_module(name)
+        if name == "auto_pipeline":
+            add(module)
+        return module
+
+    diffusers.pipelines._get_module = get
