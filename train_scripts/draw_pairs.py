@@ -5,7 +5,6 @@ OUTPUT_DIR/pairs.jsonl is read by train_reward.py and train_dpo_lora.py. With --
 learned from a few votes of people judges many pairs.
 """
 
-import io
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image
 from visbio_diffusers import evaluation
 from visbio_diffusers.config import flag, parse, run
 from visbio_diffusers.evaluation.sampling import stored_images
+from visbio_diffusers.grid import png_bytes
 from visbio_diffusers.load import DEFAULT_MODEL
 from visbio_diffusers.preferences import add_preference
 from visbio_diffusers.prompts import load_prompts, prompts_of_round
@@ -52,13 +52,6 @@ def choose(scores: np.ndarray, temperature: float, rng: np.random.Generator) -> 
     return (lead + temperature * rng.logistic(size=len(lead)) > 0).astype(int)
 
 
-def as_png(pixels: np.ndarray) -> bytes:
-    """Return an image `(height, width, channels)` of uint8 as a PNG file."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0]).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def main(config: PairsConfig) -> int:
     """Draw, judge, and write; images of a run that was killed are not drawn again."""
     file = Path(config.output_dir, "pairs.jsonl")
@@ -73,7 +66,7 @@ def main(config: PairsConfig) -> int:
     scores = score_images(reward, images, prompts).reshape(-1, 2)
     chosen = choose(scores, config.temperature, np.random.default_rng(config.seed))
     for row, (prompt, better) in enumerate(zip(asked, chosen)):
-        pair = [as_png(images[2 * row + k]) for k in (better, 1 - better)]
+        pair = [png_bytes(Image.fromarray(images[2 * row + k].squeeze())) for k in (better, 1 - better)]
         add_preference(file, prompt, *pair, who=reward.name)
     sys.stdout.write(f"{file}: {len(asked)} pairs\n")
     return 0
