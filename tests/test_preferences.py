@@ -254,7 +254,10 @@ def test_a_reward_judges_pairs_and_measures_an_adapter_that_learned_from_them(ti
     found = load_preferences(pairs, 8)
     assert len(found.prompts) == 5 and set(found.prompts) == {"a cell", "a nucleus", "a vessel"}
     assert (found.better.mean(axis=(1, 2, 3)) >= found.worse.mean(axis=(1, 2, 3))).all()
-    assert json.loads(pairs.read_text().splitlines()[0])["who"] == "brightness"
+    first = json.loads(pairs.read_text().splitlines()[0])
+    assert first["who"] == "brightness"
+    record = Image.open(pairs.parent / first["image_w"]).info
+    assert record["synthetic"] == "true" and record["prompt"] == first["prompt"] and record["seed"] in ("0", "1")
     with pytest.raises(ValueError, match="is there already: choose another --output_dir"):
         measure("draw_pairs.py", "PairsConfig", *asked)
 

@@ -66,7 +66,10 @@ def main(config: PairsConfig) -> int:
     scores = score_images(reward, images, prompts).reshape(-1, 2)
     chosen = choose(scores, config.temperature, np.random.default_rng(config.seed))
     for row, (prompt, better) in enumerate(zip(asked, chosen)):
-        pair = [png_bytes(Image.fromarray(images[2 * row + k].squeeze())) for k in (better, 1 - better)]
+        pair = []
+        for place in (2 * row + better, 2 * row + 1 - better):
+            record = {"synthetic": "true", "model": request[0], "prompt": prompt, "seed": str(config.seed + place)}
+            pair.append(png_bytes(Image.fromarray(images[place].squeeze()), record))
         add_preference(file, prompt, *pair, who=reward.name)
     sys.stdout.write(f"{file}: {len(asked)} pairs\n")
     return 0

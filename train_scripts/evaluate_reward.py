@@ -78,7 +78,7 @@ def main(config: EvaluateRewardConfig) -> int:
         results["rewards"][spec] = entry
     evaluation.write_results(results, config.output)
     rows = np.linspace(0, len(prompts) - 1, 12).round().astype(int)
-    tiles = [Image.fromarray(each[row]) for each in images.values() for row in rows]
+    tiles = [Image.fromarray(each[row].squeeze()) for each in images.values() for row in rows]
     titles = [f"{name}: {prompts[row]}" for name in images for row in rows]
     save_png(contact_sheet(tiles, titles, columns=12, tile=112), Path(config.output).with_suffix(".png"))
     return 0
