@@ -58,6 +58,18 @@ def test_save_restores_the_same_state_and_keeps_the_newest(accelerator, tmp_path
     assert torch.equal(weight, expected)
 
 
+def test_weights_of_another_memory_format_are_saved_and_restored(accelerator, tmp_path):
+    model = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    before = model.weight.clone()
+    accelerator.prepare(model)
+    checkpoints.unwrap_weights(accelerator)
+    folder = checkpoints.save(accelerator, tmp_path, 1)
+    torch.nn.init.zeros_(model.weight)
+    accelerator.load_state(str(folder))
+    assert torch.equal(model.weight, before)
+    assert model.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_tensors_come_back_in_several_cpu_processes_too(accelerator, tmp_path, monkeypatch):
     average = nn.Linear(2, 2)
     checkpoints.register(accelerator, "average", average)

@@ -115,6 +115,16 @@ def test_text_to_image_killed_in_an_epoch_equals_the_uninterrupted_run(blood_npz
     assert logs[0] == logs[1] and logs[0].count(b"\n") == 8
 
 
+def test_data_on_the_device_give_the_same_training(blood_npz, text_encoder, tmp_path):
+    flags = ("--dataset_name", blood_npz, "--text_encoder", text_encoder, "--max_train_steps", 3)
+    losses = []
+    for resident in ("no", "yes"):
+        folder = tmp_path / resident
+        launch("train_text_to_image.py", *flags, "--output_dir", folder, "--resident_data", resident)
+        losses.append([json.loads(line)["loss"] for line in (folder / "loss.jsonl").read_text().splitlines()])
+    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-5)  # texts are padded further
+
+
 def test_pipeline_of_a_training_draws_in_a_new_process(blood_npz, text_encoder, tmp_path):
     launch(
         "train_text_to_image.py",

@@ -58,6 +58,17 @@ def test_cache_gives_what_encoding_gives(tiny_text, tmp_path):
         cache(["a platelet"])
 
 
+def test_resident_embeddings_are_those_of_the_cache_in_batches_of_one_shape(tiny_text, tmp_path):
+    cache = EmbeddingCache(CAPTIONS, *tiny_text, tmp_path, batch_size=3)
+    resident = cache.resident(torch.device("cpu"))
+    for asked in ([CAPTIONS[2], CAPTIONS[1], CAPTIONS[2], CAPTIONS[0]], ["", "pink"]):
+        (states, mask), (expected, expected_mask) = resident(resident.rows(asked)), cache(asked)
+        longest = expected.shape[1]
+        assert torch.equal(states[:, :longest], expected) and torch.equal(mask[:, :longest], expected_mask)
+        assert states.shape[1] % 8 == 0 and not states[:, longest:].any() and not mask[:, longest:].any()
+    assert cache.nbytes == resident.tokens.nbytes
+
+
 def test_cache_is_written_once_and_read_again(tiny_text, tmp_path, monkeypatch):
     first = EmbeddingCache(CAPTIONS, *tiny_text, tmp_path / "deep" / "folder")
     os.utime(first.paths[0], (1, 1))

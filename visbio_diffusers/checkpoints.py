@@ -73,7 +73,7 @@ def unwrap_weights(accelerator: Accelerator) -> None:
             kept = {}  # tied weights once, by the place of their memory
             for name, value in model.state_dict().items():
                 kept.setdefault((value.data_ptr(), value.shape) if value.numel() else name, (name, value))
-            weights[index] = {name: value for name, value in kept.values() if name not in frozen}
+            weights[index] = {name: value.contiguous() for name, value in kept.values() if name not in frozen}
 
     def load_state(models: list, folder: str) -> None:
         for index, (model, frozen) in enumerate(map(bare, models)):

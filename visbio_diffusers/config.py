@@ -47,6 +47,9 @@ class TrainConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "precision of the forward pass; weights stay fp32")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, slower")
     compile: bool = flag(False, "compile the model with torch.compile")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = flag(
+        "default", "mode of torch.compile; reduce-overhead uses CUDA graphs"
+    )
     use_ema: bool = flag(True, "average the weights over the training and keep the average")
     ema_decay: float = flag(0.9999, "highest decay of the average; it starts low and rises")
     checkpointing_steps: int = flag(500, "save a checkpoint every so many optimizer steps, and at the end")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from visbio_diffusers.config import TrainConfig, flag
 from visbio_diffusers.data import ImageDataset, load_image_dataset
+from visbio_diffusers.data.cellpose import is_cellpose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +24,9 @@ class ImageSetsConfig(TrainConfig):
     image_column: str = flag("image", "column of the images")
     caption_column: str = flag("text", "column of the captions")
     label_column: str = flag("label", "column of the class labels")
-    caption_bank: str = flag("", "bank (name or .yaml) that turns labels into captions")
+    caption_bank: str = flag(
+        "", "bank (name or .yaml) that turns labels into captions; of several sets, not for tiles, which have theirs"
+    )
     captions_per_class: int = flag(2048, "distinct captions of each class and subtype")
     resolution: int = flag(28, "side of the images in pixels")
     tile_size: int = flag(64, "side of the tiles cut from photographs in Cellpose's layout, in their pixels")
@@ -75,7 +79,7 @@ def load_image_sets(config: ImageSetsConfig, channels: int, split: str = "train"
             image_column=config.image_column,
             caption_column=config.caption_column,
             label_column=config.label_column,
-            caption_bank=config.caption_bank or None,
+            caption_bank=None if _has_own_captions(name, config) else config.caption_bank or None,
             max_samples=config.max_train_samples or None,
             tile_size=config.tile_size,
             slice_axis=None if config.slice_axis == -1 else config.slice_axis,
@@ -89,3 +93,8 @@ def load_image_sets(config: ImageSetsConfig, channels: int, split: str = "train"
         )
         for name in config.datasets
     ]
+
+
+def _has_own_captions(name: str, config: ImageSetsConfig) -> bool:
+    """Return whether a set is one of tiles, captioned by what is measured in them, beside others."""
+    return len(config.datasets) > 1 and is_cellpose(Path(name).expanduser())

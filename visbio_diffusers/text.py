@@ -133,9 +133,46 @@ class EmbeddingCache:
         mask = pad_sequence([torch.ones(len(state), dtype=torch.bool) for state in states], batch_first=True)
         return pad_sequence(states, batch_first=True).float(), mask
 
+    @property
+    def nbytes(self) -> int:
+        """Size of all hidden states."""
+        return sum(2 * tokens.get_shape()[0] * tokens.get_shape()[1] for tokens in self._tokens)
+
+    def resident(self, device: torch.device) -> "ResidentEmbeddings":
+        """Return all hidden states on a device."""
+        lengths = [end - start for starts in self._starts for start, end in zip(starts, starts[1:])]
+        tokens = torch.cat([tokens[:] for tokens in self._tokens])
+        return ResidentEmbeddings(self.row, tokens.to(device), torch.tensor(lengths, device=device))
+
     def _state(self, row: int) -> torch.Tensor:
         part, index = divmod(row, self.part_size)
         return self._tokens[part][self._starts[part][index] : self._starts[part][index + 1]]
+
+
+class ResidentEmbeddings:
+    """The hidden states of an `EmbeddingCache` on one device, picked there; every batch has the same shape.
+
+    Args:
+        row (`dict[str, int]`): the number of each caption.
+        tokens (`torch.Tensor` of shape `(tokens, width)`): of all captions, one after the other.
+        lengths (`torch.Tensor` of shape `(captions,)`): how many tokens each has.
+    """
+
+    def __init__(self, row: dict[str, int], tokens: torch.Tensor, lengths: torch.Tensor):
+        self.row, self.tokens, self.lengths = row, tokens, lengths
+        self.starts = lengths.cumsum(0) - lengths
+        longest = -(-int(lengths.max()) // 8) * 8  # which attention kernels like
+        self.places = torch.arange(longest, device=tokens.device)
+
+    def rows(self, captions: Sequence[str]) -> torch.Tensor:
+        """Return the numbers of captions, int64 `(batch,)` on the CPU."""
+        return torch.tensor([self.row[caption] for caption in captions])
+
+    def __call__(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return float32 hidden states `(batch, tokens, width)` of numbered captions, and their bool mask."""
+        mask = self.places < self.lengths[rows, None]
+        places = (self.starts[rows, None] + self.places).clamp(max=len(self.tokens) - 1)
+        return self.tokens[places].float() * mask[..., None], mask
 
 
 def _fingerprint(captions, text_encoder, tokenizer) -> str:

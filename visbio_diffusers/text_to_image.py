@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ from visbio_diffusers.captions import load_bank
 from visbio_diffusers.config import flag
 from visbio_diffusers.data import ImageDataset, caption_pools, training_batches
 from visbio_diffusers.data.pools import label_key
+from visbio_diffusers.data.resident import ResidentImages, to_device
 from visbio_diffusers.image_sets import ImageSetsConfig, load_image_sets
 from visbio_diffusers.losses import diffusion_loss, snr_weights
-from visbio_diffusers.text import EmbeddingCache
+from visbio_diffusers.text import EmbeddingCache, ResidentEmbeddings
 
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,9 @@ class CaptionedImagesConfig(ImageSetsConfig):
     )
     num_validation_images: int = flag(4, "images of each validation prompt")
     validation_steps: int = flag(500, "draw every so many optimizer steps; 0 is never")
+    resident_data: Literal["auto", "yes", "no"] = flag(
+        "auto", "keep images and captions on the device that trains; auto does on a GPU with room for them"
+    )
 
     def __post_init__(self) -> None:
         """Check the settings of the images too."""
@@ -76,29 +80,55 @@ def load_captioned_images(
     embed = EmbeddingCache(texts, text_encoder, tokenizer, cache, **share, wait=accelerator.wait_for_everyone)
     text_encoder.to("cpu")
     logger.info(f"{sum(len(dataset) for dataset in datasets)} images, {len(captions)} captions")
-    return CaptionedImages(datasets, embed, prompts, _stream(datasets, caption_fn, embed, accelerator, config))
+    resident = _make_resident(datasets, embed, accelerator.device, config)
+    return CaptionedImages(datasets, embed, prompts, _stream(datasets, caption_fn, embed, resident, accelerator, config))
 
 
-def _stream(datasets, caption_fn, embed: EmbeddingCache, accelerator: Accelerator, config: CaptionedImagesConfig):
+class Resident(NamedTuple):
+    """Images and embeddings that are on the device already."""
+
+    images: ResidentImages
+    embeddings: ResidentEmbeddings
+
+
+def _make_resident(datasets, embed: EmbeddingCache, device, config: CaptionedImagesConfig) -> Resident | None:
+    """Put images and embeddings on the device, if that is asked for, or if it is a GPU and half its memory is enough."""
+    if config.resident_data == "no" or (config.resident_data == "auto" and device.type != "cuda"):
+        return None
+    if config.resident_data == "auto":
+        image_bytes = sum(map(len, datasets)) * datasets[0][0]["image"].nbytes
+        free, _ = torch.cuda.mem_get_info(device)
+        streamed = any(dataset.shard_starts is not None for dataset in datasets)
+        if streamed or image_bytes + embed.nbytes > free / 2:
+            logger.info("images and captions stay in the memory of the machine")
+            return None
+    return Resident(ResidentImages(datasets, device, config.random_flip), embed.resident(device))
+
+
+def _stream(datasets, caption_fn, embed, resident: Resident | None, accelerator: Accelerator, config):
     """Return a stream for `fit`: images with the embeddings of their captions, some of which are empty."""
 
     def stream(start: int) -> Iterator[dict[str, Any]]:
-        rank = accelerator.process_index
+        rank, device = accelerator.process_index, accelerator.device
         batches = training_batches(
             datasets, config.dataset_weights or None, caption_fn, config.train_batch_size, config.seed, start, rank,
-            accelerator.num_processes, config.random_flip, config.dataloader_num_workers,
+            accelerator.num_processes, config.random_flip, config.dataloader_num_workers, decode=resident is None,
         )  # fmt: skip
         for index, batch in enumerate(batches, start):
             dropped = np.random.default_rng([config.seed, index, rank, 1]).random(config.train_batch_size)
             texts = ["" if u < config.caption_dropout else text for u, text in zip(dropped, batch["captions"])]
-            states, mask = embed(texts)
+            if resident is None:
+                pixel_values, (states, mask) = batch["pixel_values"], embed(texts)
+            else:
+                pixel_values = resident.images(batch["sources"], batch["orientations"])
+                states, mask = resident.embeddings(to_device(resident.embeddings.rows(texts), device))
             groups = [_group(datasets, *each) for each in zip(batch["sources"], batch["labels"], texts)]
             yield {
-                "pixel_values": batch["pixel_values"],
+                "pixel_values": pixel_values,
                 "encoder_hidden_states": states,
                 "mask": mask,
-                "groups": torch.tensor(groups),
-                "sources": torch.tensor(batch["sources"]),  # (batch, 2): number of the set, and of the image in it
+                "groups": to_device(torch.tensor(groups), device),
+                "sources": to_device(torch.tensor(batch["sources"]), device),  # (batch, 2): the set, the image in it
             }
 
     return stream
@@ -119,6 +149,7 @@ def _plain_captions(datasets: list[ImageDataset]) -> list[str]:
 def denoising_loss(accelerator: Accelerator, scheduler, config: CaptionedImagesConfig):
     """Return the loss function for `fit`: the diffusion loss on batches of [`load_captioned_images`]."""
     weights = snr_weights(scheduler.alphas_cumprod, config.snr_gamma, scheduler.config.prediction_type)
+    weights = weights.to(accelerator.device)  # once: a step that copies from the host waits for it
 
     def loss_fn(model, batch):
         with accelerator.autocast():

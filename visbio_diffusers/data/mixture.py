@@ -25,7 +25,7 @@ MAX_SKIPPED = 100  # unreadable images in a row, after which something else must
 class _Batches(torch.utils.data.Dataset):
     """Micro-batches of one process by number; all that happens to a sample depends on (seed, position) alone."""
 
-    def __init__(self, datasets, sampler, caption_fn, batch_size, seed, rank, world_size, random_flip):
+    def __init__(self, datasets, sampler, caption_fn, batch_size, seed, rank, world_size, random_flip, decode):
         self.datasets = datasets
         self.sampler = sampler
         self.caption_fn = caption_fn
@@ -33,6 +33,7 @@ class _Batches(torch.utils.data.Dataset):
         self.rank = rank
         self.world_size = world_size
         self.random_flip = random_flip
+        self.decode = decode
         # One generator for all samples, moved to the counter of each: nine times faster than seeding one for each.
         self.rng = np.random.Generator(np.random.Philox(key=[seed, SAMPLE]))
         self.rng_state = self.rng.bit_generator.state
@@ -43,28 +44,26 @@ class _Batches(torch.utils.data.Dataset):
         positions = range(first, first + self.world_size * self.batch_size, self.world_size)
         samples = [self._sample(position, skipped) for position in positions]
         images, labels, captions, orientations, sources = zip(*samples, strict=True)
+        batch = {"captions": list(captions), "labels": list(labels), "sources": list(sources), "skipped": skipped}
+        if not self.decode:
+            return batch | {"orientations": np.array(orientations)}
         sizes = {image.shape[:2] for image in images}
         if len(sizes) > 1:
             raise ValueError(f"images of sizes {sorted(sizes)} do not fit into one batch: give a resolution")
         images = flip_images(images, np.array(orientations), self.random_flip)
         pixel_values = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float()
-        return {
-            "pixel_values": pixel_values.div_(127.5).sub_(1.0),  # (batch, channels, height, width)
-            "captions": list(captions),
-            "labels": list(labels),
-            "sources": list(sources),
-            "skipped": skipped,
-        }
+        return batch | {"pixel_values": pixel_values.div_(127.5).sub_(1.0)}  # (batch, channels, height, width)
 
     def _sample(self, position: int, skipped: list[str]) -> tuple[np.ndarray, Any, str, int, tuple[int, int]]:
         dataset_index, index = self.sampler.locate(position)
-        index, item = _next_readable(self.datasets[dataset_index], index, skipped)
+        dataset = self.datasets[dataset_index]
+        index, item = _next_readable(dataset, index, skipped) if self.decode else (index, dataset.about(index))
         item = {**item, "index": index}
         self.rng_state["state"]["counter"][2] = position
         self.rng.bit_generator.state = self.rng_state
         orientation = int(self.rng.integers(8))  # drawn in any case, so that captions do not depend on the flips
         caption = self.caption_fn(dataset_index, item, self.rng)
-        return item["image"], item["label"], caption, orientation, (dataset_index, index)
+        return item.get("image"), item["label"], caption, orientation, (dataset_index, index)
 
 
 def _next_readable(dataset: ImageDataset, index: int, skipped: list[str]) -> tuple[int, dict[str, Any]]:
@@ -106,6 +105,7 @@ def training_batches(
     world_size: int = 1,
     random_flip: str = "none",
     num_workers: int = 0,
+    decode: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """Return an endless iterator of micro-batches, which is the same whenever it is started again.
 
@@ -123,10 +123,12 @@ def training_batches(
             one process of `world_size` times the batch size sees.
         random_flip (`str`): "none", "horizontal" or "dihedral", see `flip_images`.
         num_workers (`int`): processes that prepare batches; their number changes nothing else.
+        decode (`bool`): `False` leaves the images to `ResidentImages`, of which all must be readable.
 
     Returns:
         dictionaries of `pixel_values` (float32 of shape `(batch, channels, height, width)` in [-1, 1]), `captions`
-        (`list[str]`), `labels` (`list`) and `sources` (`list` of index of the set and index in it).
+        (`list[str]`), `labels` (`list`) and `sources` (`list` of index of the set and index in it). Without decoding
+        `orientations` (`np.ndarray` of shape `(batch,)`, see `flip_images`) stand in the place of `pixel_values`.
 
     Raises:
         ValueError: for weights that do not fit, unknown flips, or (from the iterator) images of different sizes.
@@ -138,7 +140,7 @@ def training_batches(
         raise ValueError(f"random_flip='dihedral' needs square images, not {height} x {width}: give a resolution")
     lengths, starts = [len(dataset) for dataset in datasets], [dataset.shard_starts for dataset in datasets]
     sampler = MixedSampler(lengths, weights, seed, shard_starts=starts)
-    batches = _Batches(datasets, sampler, caption_fn, batch_size, seed, rank, world_size, random_flip)
+    batches = _Batches(datasets, sampler, caption_fn, batch_size, seed, rank, world_size, random_flip, decode)
     if num_workers == 0:
         return _report_skipped(map(batches.__getitem__, itertools.count(start)))
     loader = DataLoader(
