@@ -2,9 +2,9 @@
 
 python tests/benchmarks/bench_gpu.py [--sections matmul train sample profile memory] [--batch_size 512] [--output JSON]
 64 px RGB. Both sides are compiled, in bf16, on the same random images and texts; ours is timed before and after the
-peer, which shows the spread. Achieved FLOP/s count the matrix products and convolutions of the model alone, those of
-attention once, and are shares of what a bf16 product of 8192 x 8192 reaches on the same card. Each figure is printed
-and written to --output as soon as it is there; a section that fails says so, and the next one runs.
+peer, which shows the spread. Achieved FLOP/s count the model's matrix products and convolutions, without recomputing;
+they are shares of what a bf16 product of 8192 x 8192 reaches on the same card. Each figure is printed and written to
+--output as soon as it is there; a section that fails says so, and the next one runs.
 """
 
 import argparse
@@ -20,14 +20,15 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch._dynamo
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
 from visbio_diffusers import VisBioPipeline, VisBioUNet
@@ -36,30 +37,30 @@ from visbio_diffusers.losses import diffusion_loss
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "train_scripts" / "train_text_to_image.py"
-TOKENS, WIDTH = 48, 192
+TOKENS, WIDTH, CAP_GB = 48, 192, 4
+VARIANTS = {"eager": {"compiled": False}, "contiguous": {"memory_format": torch.contiguous_format}}
 OURS = dict(
     sample_size=64, block_out_channels=(64, 128, 384), layers_per_block=2, num_transformer_layers=8, film_dim=256,
-    cross_attention_dim=WIDTH,
 )  # fmt: skip
-# Channels of powers of two, with which it is fastest, and a wider time embedding, which costs nothing, up to as many
-# parameters.
+# Channels of powers of two, and a time embedding that makes up for parameters at no cost.
 PEER = dict(
-    sample_size=64, in_channels=3, out_channels=3, block_out_channels=(64, 128, 256), layers_per_block=2,
+    sample_size=64, block_out_channels=(64, 128, 256), layers_per_block=2, time_embedding_dim=512,
+    in_channels=3, out_channels=3, attention_head_dim=8,
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), time_embedding_dim=512,
-    cross_attention_dim=WIDTH, attention_head_dim=8,
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
 )  # fmt: skip
 SMALL = {
     "visbio": dict(sample_size=16, block_out_channels=(16, 64), layers_per_block=1, num_transformer_layers=1),
     "diffusers": dict(sample_size=16, block_out_channels=(32, 32, 32), layers_per_block=1, time_embedding_dim=64),
 }
+OTHER = "elementwise, norms, reductions"
 # The kinds of kernels by their names; the first that fits. Those of Triton are named after all that they fuse.
 KINDS = {
-    "matrix products": "triton_tem|^nvjet|^(?!triton).*(gemm|cublas|splitK)(?!.*(fprop|dgrad|wgrad|fmha))",
-    "elementwise, norms, reductions": "^triton",
-    "attention": "fmha|flash|sdpa|attention",
-    "layout": "nchwToNhwc|nhwcToNchw",
-    "convolutions": "fprop|dgrad|wgrad|conv|cudnn",
+    OTHER: "^triton_(?!tem)",
+    "attention": "flash|fmha|sdpa|attention",
+    "layout of convolutions": "nchwToNhwc|nhwcToNchw",
+    "convolutions": "fprop|dgrad|wgrad|convol|conv2d|cudnn",
+    "matrix products": "gemm|nvjet|cublas|cutlass|splitK|^triton_tem",
     "optimizer, clipping, EMA": "multi_tensor_apply|adam",
     "copies": "^Mem(cpy|set)",
 }
@@ -67,9 +68,7 @@ MEMORY = """
 import json, os, runpy, sys, tempfile, torch
 cuda = torch.cuda.is_available()
 if cuda:
-    outside = -torch.cuda.mem_get_info()[0]
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction({cap_gb} * 2**30 / total)
+    torch.cuda.set_per_process_memory_fraction({cap_gb} * 2**30 / torch.cuda.mem_get_info()[1])
 folder = tempfile.mkdtemp()
 sys.argv = ["train", "--preset", "rtx3050", "--dataset_name", {dataset!r}, "--output_dir", folder]
 sys.argv += ["--max_train_steps", "{steps}", "--validation_steps", "0", "--report_to", "none"]
@@ -79,10 +78,8 @@ except SystemExit as end:
     assert not end.code, end.code
 found = {{}}
 if cuda:
-    found["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
-    found["reserved_gb"] = torch.cuda.max_memory_reserved() / 2**30
-    used = total - torch.cuda.mem_get_info()[0]
-    found["context_gb"] = (used - torch.cuda.memory_reserved()) / 2**30
+    found = {{"peak_gb": torch.cuda.max_memory_allocated(), "reserved_gb": torch.cuda.max_memory_reserved()}}
+    found["context_gb"] = {free} - torch.cuda.mem_get_info()[0] - torch.cuda.memory_reserved()
 print("RESULT " + json.dumps(found))
 """
 
@@ -90,7 +87,7 @@ print("RESULT " + json.dumps(found))
 def make_unet(side, small=False):
     """Return the UNet of a side: "visbio" or "diffusers"."""
     unet_class, shape = (VisBioUNet, OURS) if side == "visbio" else (UNet2DConditionModel, PEER)
-    return unet_class(**{**shape, **(SMALL[side] if small else {})})
+    return unet_class(cross_attention_dim=WIDTH, **{**shape, **(SMALL[side] if small else {})})
 
 
 def make_batch(batch_size, size, device):
@@ -102,7 +99,7 @@ def make_batch(batch_size, size, device):
 
 
 def count_flops(unet, device):
-    """Return the GFLOP for an image of the forward and of the backward pass; unlike FLOPs done, without recomputing."""
+    """Return the GFLOP for an image of the forward and of the backward pass, without recomputing."""
     pixel_values, text, mask = make_batch(2, unet.config.sample_size, device)
     timesteps = torch.tensor([10, 500], device=device)
     with FlopCounterMode(display=False) as forward, sdpa_kernel(SDPBackend.MATH):
@@ -149,8 +146,7 @@ def seconds_per_call(function, calls, cuda):
 
 def trace(function, cuda):
     """Run a function under the profiler and return the events of its trace, times in microseconds."""
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile() as profiler:
         function()
         if cuda:
             torch.cuda.synchronize()
@@ -160,24 +156,22 @@ def trace(function, cuda):
         return json.loads(file.read_text())["traceEvents"]
 
 
-def kernels_of(events):
-    """Return the events that occupied the GPU."""
-    return [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-
-
 def kind_of(name):
     """Return the kind of a kernel by its name."""
-    return next((kind for kind, names in KINDS.items() if re.search(names, name)), "elementwise, norms, reductions")
+    return next((kind for kind, names in KINDS.items() if re.search(names, name)), OTHER)
 
 
-def summarize(kernels, steps):
+def summarize(events, steps):
     """Return what share of the kernels' time each kind took, the top 12 kernels, and how busy the GPU was."""
-    total = sum(kernel["dur"] for kernel in kernels) or 1
+    kernels = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    if not kernels:  # on a CPU
+        return {}
+    total = sum(kernel["dur"] for kernel in kernels)
     kinds, names = Counter(), Counter()
     for kernel in kernels:
         kinds[kind_of(kernel["name"])] += kernel["dur"]
         names[kernel["name"]] += kernel["dur"]
-    span = max((k["ts"] + k["dur"] for k in kernels), default=1) - min((k["ts"] for k in kernels), default=0)
+    span = max(kernel["ts"] + kernel["dur"] for kernel in kernels) - min(kernel["ts"] for kernel in kernels)
     return {
         "kernel_ms_per_step": total / 1000 / steps,
         "kernels_per_step": len(kernels) / steps,
@@ -194,8 +188,7 @@ class Bench:
         self.args, self.device = args, torch.device(args.device)
         self.cuda = self.device.type == "cuda"
         self.scheduler = runpy.run_path(str(SCRIPT))["make_scheduler"]("v_prediction")
-        self.step = None  # the compiled training step of ours
-        self.started = time.perf_counter()
+        self.started, self.step = time.perf_counter(), None  # the compiled training step of ours
         device = torch.cuda.get_device_name() if self.cuda else args.device
         self.results = {"device": device, "torch": torch.__version__, **vars(args), "errors": {}}
 
@@ -215,13 +208,13 @@ class Bench:
             except Exception as error:
                 traceback.print_exc()
                 self.add("errors", section, f"{type(error).__name__}: {error}"[:500])
-            self.tidy()
+        self.add("compiled", "graphs", torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        self.add("compiled", "graph breaks", sum(torch._dynamo.utils.counters["graph_break"].values()))
 
     def allocated(self, peak=False):
         """Return the GB of the GPU that tensors take, or took at most."""
-        if not self.cuda:
-            return 0.0
-        return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 2**30
+        read = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
+        return read() / 2**30 if self.cuda else 0.0
 
     def tidy(self):
         """Give back the memory of what is no longer used, and begin to watch the peak anew."""
@@ -229,10 +222,6 @@ class Bench:
         if self.cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-
-    def synchronize(self):
-        if self.cuda:
-            torch.cuda.synchronize()
 
     def times(self, function, blocks, calls):
         return [seconds_per_call(function, calls, self.cuda) for _ in range(blocks)]
@@ -252,60 +241,47 @@ class Bench:
 
     def train(self):
         """Measure training: ours, the peer, ours again, and the variants of ours."""
-        self.step = self.training_row("visbio", "visbio")
-        try:
-            self.training_row("diffusers", "diffusers")
-            failed = False
-        except torch.OutOfMemoryError:
-            failed = True  # its tensors live until here
-        if failed:
-            self.tidy()
-            self.training_row("diffusers", "diffusers", batch_size=self.args.batch_size // 2)
+        self.step = self.training_row("visbio", "visbio", self.args.batch_size)
+        for batch_size in (self.args.batch_size, self.args.batch_size // 2):
+            with suppress(torch.OutOfMemoryError):
+                self.training_row("diffusers", "diffusers", batch_size)
+                break
         self.tidy()
-        again = self.rates(self.step, self.args.batch_size)
-        self.add("train", "visbio again", again)
-        if "eager" in self.args.variants:
-            self.training_row("visbio eager", "visbio", compiled=False)
-        if "contiguous" in self.args.variants:
-            self.tidy()
-            self.training_row("visbio contiguous", "visbio", memory_format=torch.contiguous_format)
+        self.step()
+        self.add("train", "visbio again", self.rates(self.step, self.args.batch_size))
+        for variant in self.args.variants:
+            self.training_row(f"visbio {variant}", "visbio", self.args.batch_size, **VARIANTS[variant])
         ours, peer = (self.results["train"][side]["images_per_second"] for side in ("visbio", "diffusers"))
         self.add("train", "times as fast", ours / peer)
 
-    def training_row(self, name, side, batch_size=None, compiled=True, memory_format=torch.channels_last):
+    def training_row(self, name, side, batch_size, compiled=True, memory_format=torch.channels_last):
         """Measure one side, and return its training step."""
-        before, batch_size = self.allocated(), batch_size or self.args.batch_size
+        self.tidy()
+        before = self.allocated()
         unet = make_unet(side, self.args.small).to(self.device)
         forward, backward = count_flops(unet, self.device)
         unet.to(memory_format=memory_format).train()
         if compiled and self.args.compile:
             unet.compile(dynamic=False)
         step = make_step(unet, self.scheduler, make_batch(batch_size, unet.config.sample_size, self.device))
-        started = time.perf_counter()
-        for _ in range(5):
-            step()
-        self.synchronize()
+        seconds = seconds_per_call(step, 1, self.cuda)
         self.tidy()
-        row = {
-            "batch_size": batch_size,
-            "parameters": unet.num_parameters(),
-            "gflop_forward": forward,
-            "gflop_backward": backward,
-            "first_5_steps_s": time.perf_counter() - started,
-            **self.rates(step, batch_size),
-            "peak_gb": self.allocated(peak=True) - before,
-        }
+        for _ in range(4):
+            step()
+        row = {"parameters": unet.num_parameters(), "gflop_forward": forward, "gflop_backward": backward}
+        row |= {"first_step_s": seconds, **self.rates(step, batch_size)}
+        row["peak_gb"] = self.allocated(peak=True) - before
         row["tflops"] = row["images_per_second"] * (forward + backward) / 1000
         if "matmul" in self.results:
             row["share_of_matmul"] = row["tflops"] / self.results["matmul"]["tflops"]
         self.add("train", name, row)
         return step
 
-    def rates(self, step, batch_size):
-        """Return training images/s: the median of the blocks of steps, the slowest and the fastest."""
-        seconds = self.times(step, self.args.blocks, self.args.steps_per_block)
+    def rates(self, function, batch_size, blocks=None, calls=None):
+        """Return images/s: the median of the blocks of calls, the slowest and the fastest."""
+        seconds = self.times(function, blocks or self.args.blocks, calls or self.args.steps_per_block)
         rates = {"images_per_second": statistics.median(seconds), "slowest": max(seconds), "fastest": min(seconds)}
-        return {name: batch_size / each for name, each in rates.items()}
+        return {"batch_size": batch_size, **{name: batch_size / each for name, each in rates.items()}}
 
     def sample(self):
         """Measure guided sampling in bf16: both with a few steps, and the peer with DDIM as is usual."""
@@ -313,7 +289,6 @@ class Bench:
         solver = DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++")
         few = f"DPM-Solver++ {steps}"
         self.sampling_rows("visbio", {few: (solver, steps)})
-        self.tidy()
         many = DDIMScheduler.from_config(config), self.args.ddim_steps
         self.sampling_rows("diffusers", {few: (solver, steps), f"DDIM {self.args.ddim_steps}": many})
         rates = {name: row["images_per_second"] for name, row in self.results["sample"].items()}
@@ -323,79 +298,73 @@ class Bench:
 
     def sampling_rows(self, side, samplers):
         """Measure one side with each of some schedulers and numbers of steps."""
+        self.tidy()
         batch_size, before = self.args.sample_batch_size, self.allocated()
-        unet = make_unet(side, self.args.small).to(self.device, torch.bfloat16, memory_format=torch.channels_last)
-        unet.eval()
+        unet = make_unet(side, self.args.small).eval()
+        unet.to(self.device, torch.bfloat16, memory_format=torch.channels_last)
         if self.args.compile:
             unet.compile(dynamic=False)
-        _, text, _ = make_batch(batch_size, unet.config.sample_size, self.device)
-        negative = text.clone()
-        negative[:, 2:] = 0
+        text = make_batch(batch_size, unet.config.sample_size, self.device)[1]
+        negative = text * (torch.arange(TOKENS, device=self.device) < 2)[:, None]
         for name, (scheduler, steps) in samplers.items():
             pipe = VisBioPipeline(unet=unet, scheduler=scheduler, text_encoder=None, tokenizer=None)
             pipe.set_progress_bar_config(disable=True)
 
             def draw(steps=steps, pipe=pipe):
-                options = {"guidance_scale": 2.0, "num_inference_steps": steps, "output_type": "pt"}
-                return pipe(prompt_embeds=text, negative_prompt_embeds=negative, **options)
+                texts = {"prompt_embeds": text, "negative_prompt_embeds": negative}
+                return pipe(None, num_inference_steps=steps, guidance_scale=2.0, output_type="pt", **texts)
 
-            started = time.perf_counter()
+            seconds = seconds_per_call(lambda draw=draw: draw(3), 1, self.cuda)
+            self.tidy()
             draw(3)
-            draw(3)
-            self.synchronize()
-            row = {"first_calls_s": time.perf_counter() - started}
-            rates = [batch_size / each for each in self.times(draw, 3, 1)]
-            row |= {"images_per_second": statistics.median(rates), "slowest": min(rates), "fastest": max(rates)}
+            row = {"first_call_s": seconds, **self.rates(draw, batch_size, blocks=3, calls=1)}
             row["peak_gb"] = self.allocated(peak=True) - before
             events = trace(draw, self.cuda)
             counts = Counter(event["name"] for event in events if event.get("cat") in ("cuda_runtime", "gpu_memcpy"))
-            copies = sum(count for event, count in counts.items() if event.startswith("Memcpy DtoH"))
-            row |= {"waits_per_step": counts["cudaStreamSynchronize"] / steps, "copies_to_host_per_step": copies / steps}
-            row |= {key: value for key, value in summarize(kernels_of(events), steps).items() if key != "top"}
+            row["waits_per_step"] = counts["cudaStreamSynchronize"] / steps
+            row["copies_to_host_per_step"] = sum(counts[n] for n in counts if n.startswith("Memcpy DtoH")) / steps
+            row |= {key: value for key, value in summarize(events, steps).items() if key != "top"}
             self.add("sample", f"{side} {name}", row)
 
     def profile(self):
         """Show where the time of a compiled training step of ours goes."""
-        self.step = self.step or self.training_row("visbio", "visbio")
+        self.step = self.step or self.training_row("visbio", "visbio", self.args.batch_size)
         self.step()
         events = trace(lambda: [self.step() for _ in range(3)], self.cuda)
-        for name, value in summarize(kernels_of(events), 3).items():
+        for name, value in summarize(events, 3).items():
             self.add("profile", name, value)
 
     def memory(self):
         """Train with the preset for a card of 4 GB, in a process that may take no more."""
         with tempfile.TemporaryDirectory() as folder:
-            dataset = self.args.dataset
-            if not dataset:
-                dataset = str(Path(folder, "bloodmnist_random.npz"))
-                rng = np.random.default_rng(0)
-                images, labels = rng.integers(0, 256, (640, 28, 28, 3), dtype=np.uint8), np.arange(640) % 8
-                np.savez(dataset, train_images=images, train_labels=labels[:, None].astype(np.uint8))
+            dataset = Path(self.args.dataset or Path(folder, "bloodmnist_random.npz")).resolve()
+            if not self.args.dataset:
+                images = np.random.default_rng(0).integers(0, 256, (640, 28, 28, 3), dtype=np.uint8)
+                labels = np.arange(640, dtype=np.uint8)[:, None] % 8
+                np.savez(dataset, train_images=images, train_labels=labels)
             steps = 2 if self.args.small else 20
-            code = MEMORY.format(cap_gb=self.args.cap_gb, dataset=dataset, steps=steps, script=str(SCRIPT))
-            environment = {**os.environ, "TMPDIR": folder, **({} if self.cuda else {"ACCELERATE_USE_CPU": "true"})}
-            command = [sys.executable, "-c", code]
-            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+            free = torch.cuda.mem_get_info()[0] if self.cuda else 0
+            code = MEMORY.format(cap_gb=CAP_GB, dataset=str(dataset), steps=steps, free=free, script=str(SCRIPT))
+            options = {"cwd": ROOT, "env": {**os.environ, "TMPDIR": folder, "HF_HUB_OFFLINE": "1"}}
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **options)
         if done.returncode:
-            raise RuntimeError(f"the preset rtx3050 failed: {done.stderr[-2000:]}")
-        found = json.loads(done.stdout.rpartition("RESULT ")[2])
-        self.add("memory", "rtx3050", {"cap_gb": self.args.cap_gb, "steps": steps, **found})
+            raise RuntimeError(f"the preset rtx3050 ended with: {done.stderr.strip()[-400:]}")
+        found = {name: size / 2**30 for name, size in json.loads(done.stdout.rpartition("RESULT ")[2]).items()}
+        self.add("memory", "rtx3050", {"cap_gb": CAP_GB, "steps": steps, **found})
 
     def table(self):
         """Return the figures as Markdown."""
         found = self.results
-        lines = [f"{found['device']}, torch {found['torch']}, {OURS['sample_size']} px", ""]
-        lines += [f"- {name}: {value:.4g}" for name, value in found.get("matmul", {}).items()]
-        lines += ["", "| | batch | images/s | from | to | TFLOP/s | of matmul | peak GB |", "|---|" + "---|" * 7]
-        rows = {f"{part}: {name}": row for part in ("train", "sample") for name, row in found.get(part, {}).items()}
-        for name, row in rows.items():
-            row = row if isinstance(row, dict) else {"images_per_second": f"{row:.2f} x"}
-            keys = ("batch_size", "images_per_second", "slowest", "fastest", "tflops", "share_of_matmul", "peak_gb")
-            cells = [row.get(key, "") for key in keys]
-            lines.append(f"| {name} | " + " | ".join(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells) + " |")
-        lines.append("")
-        for part in ("profile", "memory", "errors"):
-            lines += [f"- {part}, {name}: {value}" for name, value in found.get(part, {}).items() if name != "top"]
+        keys = "batch_size", "images_per_second", "slowest", "fastest", "tflops", "share_of_matmul", "peak_gb"
+        keys += "busy", "waits_per_step"
+        lines = [f"{found['device']}, torch {found['torch']}", "", f"| | {' | '.join(keys)} |", "|---" * 10 + "|"]
+        for part in ("train", "sample"):
+            for name, row in found.get(part, {}).items():
+                row = row if isinstance(row, dict) else {"images_per_second": row}
+                cells = (f"{row[key]:.4g}" if key in row else "" for key in keys)
+                lines.append(f"| {part}: {name} | {' | '.join(cells)} |")
+        for part in ("matmul", "profile", "memory", "compiled", "errors"):
+            lines += [f"\n{part}, {name}: {value}" for name, value in found.get(part, {}).items()]
         return "\n".join(lines) + "\n"
 
 
@@ -404,7 +373,7 @@ def main(argv=None):
     sections = ["matmul", "train", "sample", "profile", "memory"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sections", nargs="+", choices=sections, default=sections)
-    parser.add_argument("--variants", nargs="*", choices=["eager", "contiguous"], default=["eager"])
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=["eager"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch_size", type=int, default=512)
     parser.add_argument("--blocks", type=int, default=5, help="blocks of training steps that are timed")
@@ -414,12 +383,12 @@ def main(argv=None):
     parser.add_argument("--ddim_steps", type=int, default=50)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--cudnn_benchmark", action="store_true", help="have cuDNN try its algorithms")
-    parser.add_argument("--cap_gb", type=float, default=4.0, help="what the preset rtx3050 may take")
     parser.add_argument("--dataset", help="npz that it trains on; default: random images")
     parser.add_argument("--small", action="store_true", help="tiny models, to try this script")
     parser.add_argument("--output", help="write the figures to this JSON file too")
     args = parser.parse_args(argv)
     torch.backends.cudnn.benchmark = args.cudnn_benchmark
+    torch._dynamo.config.recompile_limit = 64  # one function calls all the UNets
     torch.manual_seed(0)
     bench = Bench(args)
     bench.run()
