@@ -64,13 +64,13 @@ def by_stain(measured: np.ndarray, asked: np.ndarray, tiles: np.ndarray, stains:
 
 def save_sheet(images: np.ndarray, rows: np.ndarray, real: Split, stains: np.ndarray, file: Path) -> None:
     """Draw the first images of some counts beside real tiles of the same count and stain."""
-    sheet = []
+    sheet, order = [], np.random.default_rng(0).permutation(len(stains))
     for stain in (name for name in STAINS if name != BRIGHT_FIELD):
         for count in COUNTS_SHOWN:
             same = (stains == STAINS.index(stain)) & (real.labels == count)
-            drawn = images[same[rows]][:SHOWN]
+            drawn, shown = images[same[rows]][:SHOWN], order[same[order]][:SHOWN]
             if len(drawn):
-                sides = drawn, real.images[same][:SHOWN]
+                sides = drawn, real.images[shown]
                 sheet.append((f"{stain}: {count}", *([Image.fromarray(each) for each in side] for side in sides)))
     save_png(sheet_of_rows(sheet, ("generated (synthetic), asked for so many", "real, test split")), file)
 
