@@ -25,7 +25,7 @@ COUNTER = {"width": 24, "kernel_size": 5, "seed": 21}  # so that one feature see
 MIN_AREA = 0.01  # share of the image below which a part is no nucleus, as in captions
 SEED_DISTANCE = 0.06  # of the image's side, between the centres of two nuclei
 COMMON = 5  # tiles that a count must have to be asked for
-DRAWS = 400  # of the bootstrap
+DRAWS = 200  # of the bootstrap
 COLOURS = {"real": (90, 90, 90), "generated": (200, 60, 30)}
 
 
