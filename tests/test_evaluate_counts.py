@@ -75,22 +75,40 @@ def test_prompts_are_of_every_count_and_stain():
 
 def test_agreement_by_hand():
     asked, measured = np.array([1, 2, 3, 4, 5, 6]), np.array([1.2, 1.9, 5.0, 3.0, 5.1, 9.0])
-    found = counts.agreement(measured, asked, np.arange(6))
+    found = counts.agreement(measured, asked, np.arange(6), np.zeros(6, int))
     assert found["spearman"]["value"] == pytest.approx(spearmanr(measured, asked).statistic)
     assert found["mean_absolute_error"]["value"] == pytest.approx((0.2 + 0.1 + 2 + 1 + 0.1 + 3) / 6)
     assert found["bias"]["value"] == pytest.approx((0.2 - 0.1 + 2 - 1 + 0.1 + 3) / 6)
     assert found["exact"]["value"] == 0.5 and found["n"] == 6
+    assert found["spearman_of_number"]["value"] == pytest.approx(found["spearman"]["value"])  # all else is the same
     for entry in (found["spearman"], found["bias"]):
         assert entry["low"] < entry["value"] < entry["high"]
-    assert counts.agreement(measured, np.ones(6), np.arange(6))["spearman"]["value"] is None
+    assert counts.agreement(measured, np.ones(6), np.arange(6), np.zeros(6, int))["spearman"]["value"] is None
+
+
+def test_what_follows_other_words_alone_does_not_follow_the_number():
+    captions = ["fluorescence image, one small nucleus, sparse", "fluorescence image, two small nuclei, sparse"]
+    captions += [
+        "fluorescence image, two small nuclei of 9 um, crowded",
+        "fluorescence image, 31 large nuclei, sparse",
+    ]
+    assert counts.other_words(captions).tolist() == [2, 2, 1, 0]
+    rng = np.random.default_rng(0)
+    words = np.repeat([0, 1], 200)
+    asked = np.concatenate([rng.integers(1, 4, 200), rng.integers(6, 9, 200)])
+    by_words, by_number = 2 + 5 * words + rng.normal(0, 1, 400), asked + rng.normal(0, 0.5, 400)
+    for measured, of_number in ((by_words, 0), (by_number, 0.8)):
+        found = counts.agreement(measured, asked, np.arange(400), words)
+        assert found["spearman"]["value"] > 0.7
+        assert abs(found["spearman_of_number"]["value"] - of_number) < 0.15
 
 
 def test_the_same_tiles_again_make_no_interval_narrower():
     rng = np.random.default_rng(0)
     asked = rng.integers(1, 9, 60)
     measured = asked + rng.normal(0, 2, 60)
-    once = counts.agreement(measured, asked, np.arange(60))["spearman"]
-    often = counts.agreement(np.tile(measured, 9), np.tile(asked, 9), np.tile(np.arange(60), 9))["spearman"]
+    parts = measured, asked, np.arange(60), np.zeros(60, int)
+    once, often = (counts.agreement(*(np.tile(each, k) for each in parts))["spearman"] for k in (1, 9))
     assert often["value"] == pytest.approx(once["value"])
     assert often["high"] - often["low"] == pytest.approx(once["high"] - once["low"], rel=0.3)
 

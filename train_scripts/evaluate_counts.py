@@ -17,7 +17,7 @@ from PIL import Image
 
 from visbio_diffusers import evaluation
 from visbio_diffusers.config import flag, parse, run
-from visbio_diffusers.data import load_image_dataset
+from visbio_diffusers.data import ImageDataset, load_image_dataset
 from visbio_diffusers.data.channels import BRIGHT_FIELD, FLUORESCENCE, STAINS
 from visbio_diffusers.evaluation.benchmark import warn_of_other_splits
 from visbio_diffusers.evaluation.counts import (
@@ -27,6 +27,7 @@ from visbio_diffusers.evaluation.counts import (
     count_by_watershed,
     counted,
     load_counter,
+    other_words,
     plot_counts,
     render_counts,
 )
@@ -55,11 +56,16 @@ class EvaluateCountsConfig(DrawingConfig):
             raise ValueError("num_images, counter_steps and tile_size must be at least 1")
 
 
-def by_stain(measured: np.ndarray, asked: np.ndarray, tiles: np.ndarray, stains: np.ndarray) -> dict:
-    """Return how well counts agree, overall and for each stain."""
-    parts = {STAINS[k]: stains == k for k in np.unique(stains)}
-    entries = {name: agreement(measured[rows], asked[rows], tiles[rows]) for name, rows in parts.items()}
-    return {"overall": agreement(measured, asked, tiles), "by_stain": entries}
+def by_stain(measured: np.ndarray, tiles: np.ndarray, real: ImageDataset, counts: np.ndarray) -> dict:
+    """Return how well counts agree with those of tiles, which are rows of a set, overall and for each stain."""
+    words = other_words(real.captions)
+
+    def agreed(part: np.ndarray) -> dict:
+        return agreement(measured[part], counts[tiles[part]], tiles[part], words[tiles[part]])
+
+    stains = real.labels[tiles]
+    entries = {STAINS[k]: agreed(np.flatnonzero(stains == k)) for k in np.unique(stains)}
+    return {"overall": agreed(np.arange(len(tiles))), "by_stain": entries}
 
 
 def save_sheet(images: np.ndarray, rows: np.ndarray, real: Split, stains: np.ndarray, file: Path) -> None:
@@ -84,7 +90,7 @@ def main(config: EvaluateCountsConfig) -> int:
     train, test = counted(load_image_dataset(config.dataset_name, "train", **form)), counted(real)
     counter = load_counter(config.judges, train, config.counter_steps, config.device)
     rows = choose_tiles(test.labels, real.labels, config.num_images, config.seed)
-    asked, stains = test.labels[rows], real.labels[rows]
+    asked = test.labels[rows]
     images = config.draw(pipe, facts, [real.captions[row] for row in rows])
 
     bright = real.labels == STAINS.index(FLUORESCENCE)
@@ -92,9 +98,9 @@ def main(config: EvaluateCountsConfig) -> int:
     of_drawn = {"network": count_by_network(counter, images), "watershed": count_by_watershed(images, bright[rows])}
     measures = {
         name: {
-            "generated": by_stain(of_drawn[name], asked, rows, stains),
-            "real_same_prompts": by_stain(of_test[name][rows], asked, rows, stains),
-            "real_test": by_stain(of_test[name], test.labels, np.arange(len(real)), real.labels),
+            "generated": by_stain(of_drawn[name], rows, real, test.labels),
+            "real_same_prompts": by_stain(of_test[name][rows], rows, real, test.labels),
+            "real_test": by_stain(of_test[name], np.arange(len(real)), real, test.labels),
         }
         for name in of_test
     }

@@ -6,7 +6,10 @@ And whether that is as many as were asked for.
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,7 +104,7 @@ def count_by_watershed(images: np.ndarray, fluorescent: np.ndarray) -> np.ndarra
 
     Args:
         images (`np.ndarray` of shape `(n, height, width, channels)`): uint8.
-        fluorescent (`np.ndarray` of shape `(n,)`): bool.
+        fluorescent (`np.ndarray` of shape `(n,)`): bool; of generated images, what was asked for.
 
     Returns:
         int `(n,)`.
@@ -157,26 +160,43 @@ def choose_tiles(counts: np.ndarray, stains: np.ndarray, size: int, seed: int) -
     return np.array([queues[k % largest][k // largest % len(queues[k % largest])] for k in range(size)])
 
 
-def agreement(measured: np.ndarray, asked: np.ndarray, tiles: np.ndarray, seed: int = 0) -> dict:
+def other_words(captions: Sequence[str]) -> np.ndarray:
+    """Return which captions say the same but for the number and the noun, as int `(n,)`: equal where they do."""
+    rest = [re.sub(r", \S+ (small|medium-sized|large)[^,]*", r", \1", caption, count=1) for caption in captions]
+    return np.unique(rest, return_inverse=True)[1]
+
+
+def agreement(
+    measured: np.ndarray, asked: np.ndarray, tiles: np.ndarray, words: np.ndarray, seed: int = 0
+) -> dict[str, Any]:
     """Return how well counts agree, with 95 % intervals by the bootstrap over tiles.
 
     Args:
         measured, asked (`np.ndarray` of shape `(n,)`): counts.
         tiles (`np.ndarray` of shape `(n,)`): the tile that each count was taken from or asked by.
+        words (`np.ndarray` of shape `(n,)`): from [`other_words`].
 
     Returns:
-        `dict(spearman, mean_absolute_error, bias, exact, n)`: rank correlation (None where all counts are the same),
-        mean absolute error and mean error in nuclei, and the share that is right when rounded.
+        `dict(spearman, spearman_of_number, mean_absolute_error, bias, exact, n)`: rank correlation; the same among
+        captions whose other words are equal, since "small" and "crowded" go with many (partial: ranks less their mean
+        over such captions); mean absolute error and mean error in nuclei; and the share that is right when rounded. A
+        correlation is None where there is nothing that varies.
 
     The correlation is scipy's `spearmanr` (tests/test_evaluate_counts.py), here without its p-value.
     """
     from scipy.stats import rankdata  # of an extra
 
+    def correlation(x: np.ndarray, y: np.ndarray) -> float:
+        return float(np.corrcoef(x, y)[0, 1]) if min(np.ptp(x), np.ptp(y)) > 1e-9 else math.nan
+
     def values(rows: np.ndarray) -> dict[str, float]:
         found, wanted = measured[rows], asked[rows]
-        errors, varied = found - wanted, np.ptp(found) > 0 and np.ptp(wanted) > 0
+        errors, ranks, group = found - wanted, (rankdata(found), rankdata(wanted)), words[rows]
+        sizes = np.maximum(np.bincount(group), 1)
+        within = (each - (np.bincount(group, each) / sizes)[group] for each in ranks)
         return {
-            "spearman": float(np.corrcoef(rankdata(found), rankdata(wanted))[0, 1]) if varied else math.nan,
+            "spearman": correlation(*ranks),
+            "spearman_of_number": correlation(*within),
             "mean_absolute_error": float(np.abs(errors).mean()),
             "bias": float(errors.mean()),
             "exact": float((np.rint(found) == wanted).mean()),
@@ -246,12 +266,13 @@ def render_counts(results: dict) -> str:
         "real_same_prompts": "real tiles of the same prompts, against masks",
         "real_test": "all real test tiles, against masks",
     }
-    head = ["Counted by", "In", "Stain", "Rank correlation", "Mean absolute error", "Bias", "Exact", "n"]
+    head = ["Counted by", "In", "Stain", "Rank correlation", "Of the number alone", "Mean absolute error", "Bias"]
+    head += ["Exact", "n"]
     rows = [head, ["---"] * len(head)]
     for measure, entries in results["measures"].items():
         for kind, words in kinds.items():
             for stain, entry in {"all": entries[kind]["overall"], **entries[kind]["by_stain"]}.items():
-                parts = ("spearman", "mean_absolute_error", "bias", "exact")
+                parts = ("spearman", "spearman_of_number", "mean_absolute_error", "bias", "exact")
                 rows.append([measure, words, stain, *(_cell(entry[part]) for part in parts), f"{entry['n']}"])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows) + f"\n\n`{results['command']}`\n"
 
