@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visbio_diffusers.grid import GAP, LINE, contact_sheet, data_url, save_png, tint
+from visbio_diffusers.grid import GAP, LINE, contact_sheet, data_url, save_png, sheet_of_rows, tint
 
 
 COLOURS = ["red", "lime", "blue", "yellow", "black"]
@@ -44,6 +44,17 @@ def test_small_images_are_enlarged_without_blur():
     tile = sheet[GAP // 2 : GAP // 2 + 40, GAP // 2 : GAP // 2 + 40]
     assert np.array_equal(tile[5::10, 5::10], pixels)
     assert np.array_equal(tile, pixels.repeat(10, axis=0).repeat(10, axis=1))
+
+
+def test_rows_have_their_two_sides():
+    red, lime, blue = (image.getpixel((0, 0)) for image in _tiles(3))
+    rows = [("a band", _tiles(2), _tiles(1)), ("another, longer", _tiles(1), _tiles(3))]
+    pixels = np.asarray(sheet_of_rows(rows, ("drawn", "real"), tile=20))
+    first, second = pixels[GAP + LINE + 10], pixels[GAP + LINE + 22 + 10]
+    assert [np.all(first == colour, axis=1).sum() for colour in (red, lime, blue)] == [40, 20, 0]
+    assert [np.all(second == colour, axis=1).sum() for colour in (red, lime, blue)] == [40, 20, 20]
+    assert np.flatnonzero(np.all(first == red, axis=1))[20] == np.flatnonzero(np.all(second == red, axis=1))[20]
+    assert (pixels[: GAP + LINE] < 128).any() and (pixels[GAP + LINE :, :60] < 128).all(axis=2).any()
 
 
 def test_grey_images_fit_beside_colour():

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import requests
 import tifffile
@@ -45,6 +46,9 @@ SMALL = {
     "evaluate_attribution.py": "--num_images 2 --num_choice_images 2 --num_noises 1",
     "draw_pairs.py": "--num_pairs 2 --num_processes 1",
     "evaluate_reward.py": "--num_prompts 2 --num_images_per_prompt 1 --num_processes 1",
+    "evaluate_subtypes.py": "--num_images_per_subtype 1 --num_wording_images_per_subtype 1 --num_inference_steps 1"
+    " --evaluator_steps 2",
+    "evaluate_counts.py": "--num_images 4 --num_inference_steps 1 --counter_steps 2",
     "evaluate_reward_tuning.py": "--judge_steps 2 --num_images_per_prompt 1 --num_class_images 1",
     "train_ddpo_lora.py": "--num_rounds 1 --num_prompts_per_round 2 --num_images_per_prompt 2 --sample_steps 4"
     " --train_batch_size 2 --num_validation_prompts 1 --draft_steps 1 --report_to none",
@@ -120,6 +124,13 @@ def workplace(tmp_path_factory, visbio_data):
     masks = np.pad(np.ones((64, 64), np.uint16), 64)
     tifffile.imwrite(folder / "my_photographs" / "0001_masks.tif", masks)
     tifffile.imwrite(folder / "my_photographs" / "0001_img.tif", np.stack([masks, masks]), photometric="minisblack")
+    (folder / "pbc64").mkdir()
+    for split in ("train", "test"):
+        few = pq.read_table(visbio_data / "pbc64" / f"{split}.parquet").slice(0, 200)
+        pq.write_table(few, folder / "pbc64" / f"{split}.parquet")
+    (folder / "dsb2018_cellpose").mkdir()
+    for file in (visbio_data / "dsb2018_cellpose").glob("0[0-4]?_*.png"):
+        (folder / "dsb2018_cellpose" / file.name).symlink_to(file)
     with np.load(visbio_data / "medmnist" / "bloodmnist_rebuilt_28.npz") as real:
         few = {name: real[name][:200] for name in real.files if name.endswith(("images", "labels"))}
     Image.fromarray(few["test_images"][0]).save(folder / "cell.png")

@@ -20,6 +20,7 @@ from visbio_diffusers.config import flag, parse, run
 from visbio_diffusers.data import load_image_dataset
 from visbio_diffusers.evaluation import features as judging
 from visbio_diffusers.evaluation.sampling import stored_images
+from visbio_diffusers.evaluation.subtypes import Subtypes
 from visbio_diffusers.evaluation.tuning import Judged, compare, render_tuning, share_right
 from visbio_diffusers.files import digest
 from visbio_diffusers.grid import contact_sheet, save_png
@@ -53,14 +54,11 @@ class EvaluateTuningConfig:
     seed: int = flag(0, "of the images")
 
 
-class Subtypes:
+class Asked(Subtypes):
     """Prompts of the subtypes of a bank, and of its classes, with what each shows."""
 
     def __init__(self, config: EvaluateTuningConfig):
-        self.bank = load_bank(config.caption_bank)
-        parts = [(label, name) for label, words in enumerate(self.bank.classes) for name in words.subtypes or [None]]
-        self.names = [name or self.bank.class_names[label] for label, name in parts]
-        self.classes = np.array([label for label, _ in parts])
+        super().__init__(load_bank(config.caption_bank))
         heldout = load_prompts(config.caption_bank).heldout  # one of each subtype in turn
         count = config.num_images_per_prompt
         self.prompts = [text for text in heldout for _ in range(count)]
@@ -69,35 +67,31 @@ class Subtypes:
         self.class_prompts = [text for text in plain for _ in range(config.num_class_images)]
         self.class_labels = np.repeat(np.arange(len(plain)), config.num_class_images)
 
-    def images(self, config: EvaluateTuningConfig, split: str, side: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return real images of a split with the number of their subtypes, without those of which it is unknown."""
-        dataset = load_image_dataset(config.dataset_name, split, resolution=side, caption_bank=config.caption_bank)
-        subtypes = dataset.subtypes or [None] * len(dataset)
-        said = [subtype or dataset.class_names[label] for subtype, label in zip(subtypes, dataset.labels)]
-        rows = [row for row, name in enumerate(said) if name in self.names]
-        if not rows:
-            raise ValueError(f"no image of {dataset.name} ({split}) has a subtype of the bank {self.bank.name}")
-        images = np.stack([dataset[row]["image"] for row in rows])
-        return images, np.array([self.names.index(said[row]) for row in rows])
+
+def real_images(config: EvaluateTuningConfig, subtypes: Asked, split: str, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return real images of a split with the number of their subtypes, without those of which it is unknown."""
+    bank = config.caption_bank
+    found = subtypes.real(load_image_dataset(config.dataset_name, split, resolution=side, caption_bank=bank))
+    return found.images, found.labels
 
 
-def train_judge(config: EvaluateTuningConfig, subtypes: Subtypes, side: int):
+def train_judge(config: EvaluateTuningConfig, subtypes: Asked, side: int):
     """Return a classifier of subtypes and its accuracy on real images; kept beside the output, and read from there."""
     folder = Path(config.output).with_suffix("") / "judge"
     settings = {**JUDGE, "steps": config.judge_steps, "splits": config.judge_splits, "resolution": side}
     settings |= {"dataset": config.dataset_name, "caption_bank": config.caption_bank}
-    real_images, real_labels = subtypes.images(config, config.real_split, side)
+    images, labels = real_images(config, subtypes, config.real_split, side)
     if folder.is_dir():
         model, training = judging.load(folder)
         if {name: training.get(name) for name in settings} != settings:
             raise ValueError(f"{folder} was trained with other settings: delete it")
     else:
-        parts = [subtypes.images(config, split, side) for split in config.judge_splits]
-        images, labels = (np.concatenate(each) for each in zip(*parts))
+        parts = [real_images(config, subtypes, split, side) for split in config.judge_splits]
+        known = [np.concatenate(each) for each in zip(*parts)]
         options = {**JUDGE, "steps": config.judge_steps, "num_classes": len(subtypes.names)}
-        model = evaluation.train_classifier(images, labels, **options, description="training the judge")
+        model = evaluation.train_classifier(*known, **options, description="training the judge")
         judging.save(model, folder, settings)
-    return model, share_right(judging.predictions(model, judging.features(model, real_images)), real_labels)
+    return model, share_right(judging.predictions(model, judging.features(model, images)), labels)
 
 
 def draw(config: EvaluateTuningConfig, lora: str | None, prompts: list[str]) -> np.ndarray:
@@ -110,7 +104,7 @@ def draw(config: EvaluateTuningConfig, lora: str | None, prompts: list[str]) -> 
     return stored_images(settings, prompts, config.seed, 64, store, config.num_processes)
 
 
-def judged(model, subtypes: Subtypes, images: np.ndarray, class_images: np.ndarray) -> Judged:
+def judged(model, subtypes: Asked, images: np.ndarray, class_images: np.ndarray) -> Judged:
     """Return for each image whether it is what was asked for, and how sure the judge is; and its features."""
     found = judging.features(model, images)
     logits = model.head(torch.as_tensor(found)).log_softmax(dim=1).detach().numpy()
@@ -123,7 +117,7 @@ def judged(model, subtypes: Subtypes, images: np.ndarray, class_images: np.ndarr
     }
 
 
-def by_subtype(subtypes: Subtypes, entries: dict[str, list[dict]]) -> dict:
+def by_subtype(subtypes: Asked, entries: dict[str, list[dict]]) -> dict:
     """Return the share recognised of each subtype."""
     return {
         name: {
@@ -145,7 +139,7 @@ def history(lora: str) -> dict[str, float]:
 
 def main(config: EvaluateTuningConfig) -> int:
     """Measure all adapters, and write results and picture."""
-    subtypes = Subtypes(config)
+    subtypes = Asked(config)
     side = load_pipeline(config.model or None)[0].unet.config.sample_size
     model, real = train_judge(config, subtypes, side)
     named = [each.partition("=") for each in config.others]
@@ -178,7 +172,7 @@ def main(config: EvaluateTuningConfig) -> int:
     return 0
 
 
-def save_picture(config: EvaluateTuningConfig, subtypes: Subtypes, pictures: dict[str, np.ndarray]) -> None:
+def save_picture(config: EvaluateTuningConfig, subtypes: Asked, pictures: dict[str, np.ndarray]) -> None:
     """Draw a sheet of the first prompt of each subtype: base and first adapter from the same seeds."""
     tiles, titles = [], []
     for row, name in enumerate(subtypes.names):

@@ -46,6 +46,34 @@ def contact_sheet(
     return sheet
 
 
+def sheet_of_rows(
+    rows: Sequence[tuple[str, Sequence[Image.Image], Sequence[Image.Image]]], titles: tuple[str, str], tile: int = 64
+) -> Image.Image:
+    """Return one picture of images side by side with others, a row for each thing that they show.
+
+    Args:
+        rows (`Sequence[tuple]`): what a row shows, which stands on its left, and the images of both sides.
+        titles (`tuple[str, str]`): of the two sides.
+        tile (`int`): side of an image in the picture, in pixels.
+    """
+    font = ImageFont.load_default(11)
+    margin = max(round(font.getlength(label)) for label, _, _ in rows) + 2 * GAP
+    starts = margin, margin + max(len(left) for _, left, _ in rows) * (tile + 2) + 2 * GAP
+    width = starts[1] + max(len(right) for _, _, right in rows) * (tile + 2) + GAP
+    sheet = Image.new("RGB", (width, 2 * GAP + LINE + len(rows) * (tile + 2)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for start, title in zip(starts, titles, strict=True):
+        draw.text((start, GAP // 2), title, fill="black", font=font)
+    for row, (label, *sides) in enumerate(rows):
+        top = GAP + LINE + row * (tile + 2)
+        draw.text((GAP, top + tile // 2), label, fill="black", font=font, anchor="lm")
+        for start, images in zip(starts, sides):
+            for place, image in enumerate(images):
+                fitted = image.convert("RGB").resize((tile, tile), Image.Resampling.NEAREST)
+                sheet.paste(fitted, (start + place * (tile + 2), top))
+    return sheet
+
+
 def tint(image: Image.Image, strength: np.ndarray) -> Image.Image:
     """Return an image in grey, with red where `strength` (height, width), in [-1, 1], is above 0 and blue below."""
     base = np.asarray(image.convert("L"), np.float32)[:, :, None].repeat(3, axis=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,23 +99,25 @@ def load_evaluators(
     *,
     flip: bool = True,
     device: str = "cpu",
+    names: Sequence[str] = tuple(EVALUATORS),
 ) -> list[Evaluator]:
-    """Load the judges of EVALUATORS from `folder`; those that are not there yet are trained and saved.
+    """Load judges of EVALUATORS from `folder`; those that are not there yet are trained and saved.
 
     Args:
         folder (`str` or `Path`): one subfolder per judge.
         train, test (`Split`): real images; only `train` is trained on.
         steps (`int`), flip (`bool`): see `train_classifier`; used only where training is needed.
+        names (`Sequence[str]`): which of them.
 
     Raises:
         ValueError: if a judge in the folder was trained on other images.
     """
     digest = images_hash(train)
     evaluators = []
-    for name, settings in EVALUATORS.items():
+    for name in names:
         path = Path(folder) / name
         if not path.is_dir():
-            settings = {**settings, "flip": flip}
+            settings = {**EVALUATORS[name], "flip": flip}
             common = {"device": device, "description": f"training evaluator {name}"}
             if name in SELF_SUPERVISED:
                 settings |= {"batch_size": LARGE_BATCH, "steps": _large_batches(steps)}
@@ -124,7 +127,7 @@ def load_evaluators(
                 model = train_classifier(train.images, train.labels, num_classes=num_classes, **settings, **common)
             training = {**settings, "train_images": len(train.images), "train_sha256": digest}
             evaluator_features.save(model, path, training)
-        evaluators.append(Evaluator.of(name, *_load_judge(path, digest, device), train, test))
+        evaluators.append(Evaluator.of(name, *load_judge(path, digest, device), train, test))
     return evaluators
 
 
@@ -144,7 +147,7 @@ def load_aligner(
         model = train_alignment(dataset, train.images, encode, **settings, **common)
         training = {**settings, "train_images": len(train.images), "train_sha256": digest}
         evaluator_features.save(model, path, training | {"text_encoder_sha256": encoder_hash})
-    model, training = _load_judge(path, digest, device)
+    model, training = load_judge(path, digest, device)
     if training.get("text_encoder_sha256") != encoder_hash:
         raise ValueError(f"{path} was trained with another text encoder: delete the folder, it is trained anew")
     return Aligner(model, training, encode, plain_captions(dataset))
@@ -165,7 +168,12 @@ def images_hash(split: Split) -> str:
     return hashlib.sha256(split.images.tobytes() + split.labels.astype(np.int64).tobytes()).hexdigest()
 
 
-def _load_judge(path: Path, digest: str, device: str) -> tuple[ImageEncoder, dict]:
+def load_judge(path: Path, digest: str, device: str) -> tuple[ImageEncoder, dict]:
+    """Return a judge and how it was trained.
+
+    Raises:
+        ValueError: if that was on images of another hash, or its files are damaged.
+    """
     model, training = evaluator_features.load(path, device)
     if training["train_sha256"] != digest:
         raise ValueError(f"{path} was trained on other images: name another --evaluators folder for this set")
