@@ -50,6 +50,7 @@ class ImageSetsConfig(TrainConfig):
         "none", "dihedral adds turns by 90 degrees: for images without an upright position"
     )
     save_dtype: Literal["fp32", "fp16"] = flag("fp16", "dtype of the weights written")
+    max_shard_size: str = flag("10GB", "largest file of weights, e.g. 15MB: larger ones are split")
 
     def __post_init__(self) -> None:
         """Check the sets too."""
