@@ -13,7 +13,6 @@ which gives the same picture up to single grey levels, since sums over another b
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import re
@@ -31,6 +30,7 @@ from visbio_diffusers import VisBioPipeline, __version__
 from visbio_diffusers.captions import CaptionBank
 from visbio_diffusers.files import PREFIX, whole_file
 from visbio_diffusers.grid import contact_sheet, save_png
+from visbio_diffusers.pipelines.defaults import call_default
 
 
 # The arguments of the pipeline that decide, with prompt and seed, what is drawn.
@@ -78,8 +78,7 @@ def open_studio(pipe: VisBioPipeline, provenance: dict[str, str], batch_size: in
         batch_size (`int`): images drawn together.
         chosen: some of [`CALL`].
     """
-    defaults = inspect.signature(VisBioPipeline.__call__).parameters
-    call = {name: defaults[name].default if chosen.get(name) is None else chosen[name] for name in CALL}
+    call = {name: call_default(pipe, name) if chosen.get(name) is None else chosen[name] for name in CALL}
     size = pipe.unet.config.sample_size
     call |= {"height": call["height"] or size, "width": call["width"] or size}
     facts = {**provenance, "scheduler": type(pipe.scheduler).__name__, "version": __version__}

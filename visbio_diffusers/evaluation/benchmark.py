@@ -61,6 +61,7 @@ from visbio_diffusers.evaluation.sampling import (
 from visbio_diffusers.files import digest, whole_file
 from visbio_diffusers.grid import contact_sheet
 from visbio_diffusers.load import check_device, load_pipeline, main_weights, training_sets
+from visbio_diffusers.pipelines.defaults import call_default
 
 
 logger = logging.getLogger(__name__)
@@ -273,7 +274,7 @@ def draw_samples(
     for chosen, scale in itertools.product(options, config.lora_scale if config.lora else [1.0]):
         drawn, memory = draw(prompts, config.seed, chosen, scale)
         used = {
-            name: chosen.get(name, defaults[name].default)
+            name: chosen.get(name, call_default(pipe, name))
             for name in ("guidance_scale", "guidance_interval", "num_inference_steps")
             if name in defaults
         }

@@ -31,8 +31,14 @@ class VisBioPipelineMixin(SafetensorsMixin):
         scheduler: SchedulerMixin,
         text_encoder: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 1.35,
+        timestep_power: float = 1.0,
     ):
         super().__init__()
+        self.register_to_config(
+            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, timestep_power=timestep_power
+        )
         self.register_modules(unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         self._guidance_scale = 1.0
@@ -205,6 +211,11 @@ class VisBioPipelineMixin(SafetensorsMixin):
             raise ValueError(
                 f"{len(negative_prompt_embeds)} `negative_prompt_embeds` for {batch_size} prompts: give one each"
             )
+
+    def _or_defaults(self, num_inference_steps, guidance_scale):
+        """Return steps and guidance, and for None those with which the model is best drawn."""
+        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        return steps, self.config.guidance_scale if guidance_scale is None else guidance_scale
 
     def prepare_latents(self, batch_size, height, width, dtype, device, generator, latents=None):
         """Return the noise to start from: given, or drawn (batch, channels, height, width) at the scheduler's scale.

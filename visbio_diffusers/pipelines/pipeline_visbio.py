@@ -18,6 +18,9 @@ class VisBioPipeline(VisBioPipelineMixin, DiffusionPipeline, VisBioLoraLoaderMix
         scheduler ([`SchedulerMixin`]): DDIM, DDPM, DPMSolverMultistep, UniPC or Euler.
         text_encoder ([`~transformers.PreTrainedModel`]): any BERT whose hidden size is `unet`'s `cross_attention_dim`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): that encoder's tokenizer.
+        num_inference_steps (`int`), guidance_scale (`float`): those of calls that name none.
+        timestep_power (`float`): above 1 it crowds the steps where there is little noise, which few steps need: the
+            i-th of n is at the share `(1 - i / n) ** timestep_power` of the timesteps. 1 leaves that to the scheduler.
 
     Example:
         ```py
@@ -34,10 +37,10 @@ class VisBioPipeline(VisBioPipelineMixin, DiffusionPipeline, VisBioLoraLoaderMix
         prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 25,
+        num_inference_steps: int | None = None,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
-        guidance_scale: float = 1.35,
+        guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_rescale: float = 0.0,
         negative_prompt: str | list[str] | None = None,
@@ -59,11 +62,11 @@ class VisBioPipeline(VisBioPipelineMixin, DiffusionPipeline, VisBioLoraLoaderMix
             prompt (`str` or `list[str]`, *optional*): what to draw; left out if `prompt_embeds` is given.
             height, width (`int`, *optional*): in pixels, multiples of the UNet's `downsample_factor`; default is the
                 size the model was trained at.
-            num_inference_steps (`int`): denoising steps.
+            num_inference_steps (`int`, *optional*): denoising steps; default is that of the model.
             timesteps (`list[int]`, *optional*), sigmas (`list[float]`, *optional*): custom steps, in descending
                 order, for schedulers that take them.
-            guidance_scale (`float`): weight of the text, w of equation 2 of Imagen (Saharia et al. 2022). 1 is off;
-                higher follows the text more closely and varies less.
+            guidance_scale (`float`, *optional*): weight of the text, w of equation 2 of Imagen (Saharia et al.
+                2022); default is that of the model. 1 is off; higher follows the text more closely and varies less.
             guidance_interval (`tuple[float, float]`): guidance works only while the timestep, as a share of the
                 training timesteps, lies within (Kynkaanniemi et al. 2024). Steps outside cost half. (0, 1) guides all.
             guidance_rescale (`float`): in [0, 1], against overexposure (Lin et al. 2023, section 3.4).
@@ -93,6 +96,7 @@ class VisBioPipeline(VisBioPipelineMixin, DiffusionPipeline, VisBioLoraLoaderMix
         # 0. Defaults
         height = height or self.unet.config.sample_size
         width = width or self.unet.config.sample_size
+        num_inference_steps, guidance_scale = self._or_defaults(num_inference_steps, guidance_scale)
 
         # 1. Check inputs
         self._check_form(height, width, num_images_per_prompt, guidance_scale, guidance_interval, output_type)
@@ -120,7 +124,9 @@ class VisBioPipeline(VisBioPipelineMixin, DiffusionPipeline, VisBioLoraLoaderMix
         )
 
         # 3. Prepare timesteps
-        timesteps = prepare_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
+        timesteps = prepare_timesteps(
+            self.scheduler, num_inference_steps, device, timesteps, sigmas, self.config.timestep_power
+        )
 
         # 4. Prepare latents: noise in pixel space, always float32, for multistep schedulers add up rounding errors
         latents = self.prepare_latents(

@@ -36,10 +36,10 @@ class VisBioImg2ImgPipeline(VisBioRedrawMixin, DiffusionPipeline, VisBioLoraLoad
         prompt: str | list[str] | None = None,
         image: PipelineImageInput = None,
         strength: float = 0.8,
-        num_inference_steps: int = 25,
+        num_inference_steps: int | None = None,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
-        guidance_scale: float = 1.35,
+        guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_rescale: float = 0.0,
         negative_prompt: str | list[str] | None = None,
@@ -111,8 +111,8 @@ class VisBioImg2ImgPipeline(VisBioRedrawMixin, DiffusionPipeline, VisBioLoraLoad
         prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 25,
-        guidance_scale: float = 1.35,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         negative_prompt: str | list[str] | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
@@ -145,6 +145,7 @@ class VisBioImg2ImgPipeline(VisBioRedrawMixin, DiffusionPipeline, VisBioLoraLoad
             raise ValueError(f"`num_iterations` must be a whole number from 1, but is {num_iterations!r}")
         height = height or self.unet.config.sample_size
         width = width or self.unet.config.sample_size
+        num_inference_steps, guidance_scale = self._or_defaults(num_inference_steps, guidance_scale)
         self._check_form(height, width, 1, guidance_scale, (0, 1), "latent")
         self.check_inputs(prompt, height, width, negative_prompt, prompt_embeds, negative_prompt_embeds)
         pixels, _ = prepare_images(image, None, self.unet.config.in_channels, height, width)

@@ -44,6 +44,7 @@ class VisBioRedrawMixin(VisBioPipelineMixin):
         # 0. Defaults
         height = height or self.unet.config.sample_size
         width = width or self.unet.config.sample_size
+        num_inference_steps, guidance_scale = self._or_defaults(num_inference_steps, guidance_scale)
 
         # 1. Check inputs
         self._check_form(height, width, num_images_per_prompt, guidance_scale, guidance_interval, output_type)
@@ -76,7 +77,9 @@ class VisBioRedrawMixin(VisBioPipelineMixin):
         mask = None if mask is None else expand("mask_image", mask, *counts).to(device)
 
         # 3. Prepare timesteps
-        timesteps = prepare_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
+        timesteps = prepare_timesteps(
+            self.scheduler, num_inference_steps, device, timesteps, sigmas, self.config.timestep_power
+        )
         timesteps = last_timesteps(self.scheduler, timesteps, strength, midway=mask is not None)
 
         # 4. Prepare latents: noise, or the image noised to the first timestep
