@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from visbio_diffusers import evaluation, load_bank, load_image_dataset
 from visbio_diffusers.config import flag, parse, run
@@ -24,16 +23,11 @@ from visbio_diffusers.evaluation.features import features, predictions
 from visbio_diffusers.evaluation.metrics import class_weights, frechet_distance, moments, within_class_distance
 from visbio_diffusers.evaluation.plots import plot_curves
 from visbio_diffusers.evaluation.protocol import match_classes
+from visbio_diffusers.evaluation.samplers import SAMPLERS, cheapest, curves, make_sampler, save_defaults
 from visbio_diffusers.grid import save_png
-from visbio_diffusers.load import load_pipeline
+from visbio_diffusers.load import find_model, load_pipeline
 
 
-SAMPLERS = {
-    "ddim": (DDIMScheduler, {}),
-    "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
-    "sde-dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
-    "unipc": (UniPCMultistepScheduler, {}),
-}
 FLOOR_DRAWS = 5
 
 
@@ -49,9 +43,14 @@ class EvaluateSamplersConfig:
     steps: list[int] = field(default_factory=lambda: [4, 8, 12, 25, 50], metadata={"help": "denoising steps"})
     guidance_scale: list[float] = field(default_factory=lambda: [1.35], metadata={"help": "weights of the text"})
     guidance_interval: list[float] = field(
-        default_factory=lambda: [0.0, 1.0], metadata={"help": "low and high share of the guided timesteps, pair by pair"}
+        default_factory=lambda: [0.0, 1.0],
+        metadata={"help": "low and high share of the guided timesteps, pair by pair"},
     )
     guidance_rescale: list[float] = field(default_factory=lambda: [0.0], metadata={"help": "shares, 0 to 1"})
+    timestep_power: list[float] = field(
+        default_factory=lambda: [1.0], metadata={"help": "above 1 crowds the steps where there is little noise"}
+    )
+    save_default: bool = flag(False, "let the model's folder draw so: fewest steps within 10 % of the best distance")
     num_images: int = flag(1024, "images of each combination, as many of every class")
     batch_size: int = flag(64, "images drawn at once")
     evaluators: str = flag("", "folder of judges, trained if empty; default: in runs/evaluators")
@@ -75,8 +74,8 @@ class EvaluateSamplersConfig:
         """Return the settings of each set of images."""
         intervals = list(zip(self.guidance_interval[::2], self.guidance_interval[1::2], strict=True))
         names = "sampler", "num_inference_steps", "guidance_scale", "guidance_interval", "guidance_rescale"
-        values = self.samplers, self.steps, self.guidance_scale, intervals, self.guidance_rescale
-        return [dict(zip(names, each, strict=True)) for each in itertools.product(*values)]
+        values = self.samplers, self.steps, self.guidance_scale, intervals, self.guidance_rescale, self.timestep_power
+        return [dict(zip((*names, "timestep_power"), each, strict=True)) for each in itertools.product(*values)]
 
 
 class Judged:
@@ -132,7 +131,8 @@ def main(config: EvaluateSamplersConfig) -> int:
     judged = Judged(config, pipe.unet.config.sample_size, labels)
     prompts = [judged.bank.plain_caption(int(label)) for label in judged.labels]
     output = Path(config.output)
-    asked = {name: value for name, value in asdict(config).items() if name not in ("output", "device", "batch_size")}
+    left_out = "output", "device", "batch_size", "save_default"
+    asked = {name: value for name, value in asdict(config).items() if name not in left_out}
     results = {**evaluation.environment(), "model_sha256": facts["model_sha256"], "asked": asked, "runs": []}
     if output.exists():
         found = json.loads(output.read_text())
@@ -141,8 +141,8 @@ def main(config: EvaluateSamplersConfig) -> int:
     results["floor"] = judged.floors()
     for combination in config.combinations()[len(results["runs"]) :]:
         options = dict(combination)
-        scheduler_class, settings = SAMPLERS[options.pop("sampler")]
-        pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, **settings)
+        pipe.scheduler = make_sampler(options.pop("sampler"), pipe.scheduler)
+        pipe.register_to_config(timestep_power=options.pop("timestep_power"))
         started = time.perf_counter()
         drawn = evaluation.generate_images(pipe, prompts, config.seed, config.batch_size, **options)
         seconds = time.perf_counter() - started
@@ -152,17 +152,12 @@ def main(config: EvaluateSamplersConfig) -> int:
         sys.stdout.flush()
     judge = judged.judges[0].name
     save_png(plot_curves(curves(results["runs"], judge), "steps", f"FD-{judge}"), output.with_suffix(".png"))
+    if config.save_default:
+        best = cheapest(results["runs"], judge)
+        names = "num_inference_steps", "guidance_scale", "timestep_power"
+        sampler = make_sampler(best["sampler"], pipe.scheduler)
+        save_defaults(find_model(config.model)[0], sampler, **{name: best[name] for name in names})
     return 0
-
-
-def curves(runs: list[dict], judge: str) -> dict[str, list[tuple[float, float]]]:
-    """Return the points (steps, distance) of each sampler, at its best guidance."""
-    found: dict[str, dict[int, float]] = {}
-    for each in runs:
-        points = found.setdefault(each["sampler"], {})
-        steps, value = each["num_inference_steps"], each["judges"][judge]["frechet"]
-        points[steps] = min(value, points.get(steps, value))
-    return {name: sorted(points.items()) for name, points in found.items()}
 
 
 if __name__ == "__main__":

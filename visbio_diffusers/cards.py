@@ -2,8 +2,8 @@
 
 `about.md` in the folder of a model holds the prose, with the Hub's metadata (licence, data sets, base model) at its
 head. Added are how it was trained (training.json), what was measured (results.json of `visbio evaluate`, audit.json of
-`visbio audit`, restoration.json of `evaluate_reconstruction.py`; of an adapter also base_results.json, the classes of
-its base), and metrics in the form of the Hub.
+`visbio audit`, restoration.json of `evaluate_reconstruction.py`, and those of SECTIONS; of an adapter also
+base_results.json, the classes of its base), and metrics in the form of the Hub.
 """
 
 from __future__ import annotations
@@ -16,8 +16,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from visbio_diffusers.alignment.measures import render_alignment
 from visbio_diffusers.data import list_datasets
+from visbio_diffusers.evaluation.counts import render_counts
+from visbio_diffusers.evaluation.downstream import render_low_data
 from visbio_diffusers.evaluation.report import cell, render_card_results
 from visbio_diffusers.evaluation.restoration import render_restoration
+from visbio_diffusers.evaluation.samplers import render_samplers
+from visbio_diffusers.evaluation.speed import render_speed
+from visbio_diffusers.evaluation.subtypes import render_subtypes
 from visbio_diffusers.evaluation.tuning import render_tuning
 from visbio_diffusers.load import DEFAULT_MODEL, LORA_WEIGHTS
 
@@ -112,6 +117,16 @@ LOOKS = {
 }
 
 
+# What other scripts have measured: files with their pictures, `NAME*.png`, and the titles of their sections.
+SECTIONS = {
+    "subtypes": ("Subtypes", render_subtypes),
+    "counts": ("Numbers of nuclei", render_counts),
+    "low_data": ("Where real images are few", render_low_data),
+    "samplers": ("Samplers, steps and guidance", render_samplers),
+    "speed": ("Speed on a GPU", render_speed),
+}
+
+
 def is_adapter(folder: Path) -> bool:
     """Return whether a folder holds a LoRA adapter and no pipeline."""
     return (folder / LORA_WEIGHTS).is_file() and not has_index(folder)
@@ -170,6 +185,12 @@ def render_card(folder: Path, repo: str | None = None) -> str:
         pictures = sorted(file.name for file in folder.glob("restoration_*.png"))
         shown = "".join(f"![{name.removesuffix('.png').replace('_', ' ')}]({name})\n\n" for name in pictures)
         parts.append(f"## What it makes of given images\n\n{shown}{render_restoration(restoration).strip()}")
+    for name_of_files, (title, render) in SECTIONS.items():
+        files = sorted(folder.glob(f"{name_of_files}*.json"))
+        pictures = sorted(file.name for file in folder.glob(f"{name_of_files}*.png"))
+        shown = [f"![{picture.removesuffix('.png').replace('_', ' ')}]({picture})" for picture in pictures]
+        tables = [render(_read(file)).strip() for file in files]
+        parts += [f"## {title}\n\n" + "\n\n".join(shown + tables)] if files else []
     data = card_data(folder, card.data.to_dict(), training, results, name)
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
 

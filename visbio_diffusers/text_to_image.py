@@ -81,7 +81,9 @@ def load_captioned_images(
     text_encoder.to("cpu")
     logger.info(f"{sum(len(dataset) for dataset in datasets)} images, {len(captions)} captions")
     resident = _make_resident(datasets, embed, accelerator.device, config)
-    return CaptionedImages(datasets, embed, prompts, _stream(datasets, caption_fn, embed, resident, accelerator, config))
+    return CaptionedImages(
+        datasets, embed, prompts, _stream(datasets, caption_fn, embed, resident, accelerator, config)
+    )
 
 
 class Resident(NamedTuple):
@@ -92,7 +94,7 @@ class Resident(NamedTuple):
 
 
 def _make_resident(datasets, embed: EmbeddingCache, device, config: CaptionedImagesConfig) -> Resident | None:
-    """Put images and embeddings on the device, if that is asked for, or if it is a GPU and half its memory is enough."""
+    """Put images and embeddings on the device, if asked to, or if it is a GPU and half its memory is enough."""
     if config.resident_data == "no" or (config.resident_data == "auto" and device.type != "cuda"):
         return None
     if config.resident_data == "auto":

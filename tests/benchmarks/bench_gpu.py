@@ -190,7 +190,7 @@ class Bench:
         self.scheduler = runpy.run_path(str(SCRIPT))["make_scheduler"]("v_prediction")
         self.started, self.step = time.perf_counter(), None  # the compiled training step of ours
         device = torch.cuda.get_device_name() if self.cuda else args.device
-        self.results = {"device": device, "torch": torch.__version__, **vars(args), "errors": {}}
+        self.results = {**vars(args), "device": device, "torch": torch.__version__, "errors": {}}
 
     def add(self, section, name, values):
         """Print figures, and write all there are so far."""

@@ -12,6 +12,7 @@ from visbio_diffusers.evaluation.features import predictions
 from visbio_diffusers.evaluation.images import Split
 from visbio_diffusers.evaluation.judges import train_classifier
 from visbio_diffusers.evaluation.metrics import Z_95
+from visbio_diffusers.evaluation.report import cell
 
 
 T_95 = (np.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t, by degrees of freedom
@@ -78,3 +79,25 @@ def _mean_over_seeds_and_images(values: np.ndarray) -> dict:
     quantile = T_95[seeds - 1] if 1 < seeds <= len(T_95) else Z_95
     mean, half = float(values.mean()), float(quantile * np.sqrt(variance))
     return {"value": mean, "low": mean - half, "high": mean + half, "n": n}
+
+
+def render_low_data(results: dict) -> str:
+    """Return the Markdown table of what `evaluate_low_data.py` has measured."""
+    kinds = {
+        "real": "Real alone",
+        "real_and_synthetic": "With generated",
+        "synthetic": "Generated alone",
+        "gain": "Gain",
+    }
+    lines = [f"| Real images a class | {' | '.join(kinds.values())} |", "|" + " --- |" * (1 + len(kinds))]
+    for entry in results["runs"]:
+        lines.append(f"| {entry['per_class']} | {' | '.join(cell(entry[kind]) for kind in kinds)} |")
+    settings = results["settings"]
+    lines += [
+        "",
+        f"Accuracy on real test images of classifiers from {len(settings['seeds'])} seeds; the generator has seen the"
+        f" same few images alone, and drew {settings['synthetic_per_class']} of each class.",
+        "",
+        f"`{results['command']}`",
+    ]
+    return "\n".join(lines) + "\n"
