@@ -17,11 +17,11 @@ from visbio_diffusers.evaluation.samplers import cheapest, curves, render_sample
 ROOT = Path(__file__).parent.parent
 
 
-def a_run(sampler, steps, distance, guidance=1.0, power=1.0):
+def a_run(sampler, steps, distance, guidance=1.0):
     judges = {"cnn3": {"frechet": distance, "within_class_distance": 0.9, "fidelity": 0.97}}
     return {
         "sampler": sampler, "num_inference_steps": steps, "guidance_scale": guidance, "guidance_interval": [0, 1],
-        "timestep_power": power, "judges": judges,
+        "judges": judges,
     }  # fmt: skip
 
 
@@ -31,15 +31,15 @@ def test_cheapest_counts_guided_steps_twice_and_stays_within_a_tenth_of_the_best
     assert cheapest([*runs, a_run("unipc", 8, 1.11)], "cnn3")["num_inference_steps"] == 20
 
 
-def test_curves_take_the_best_guidance_and_tell_spacings_apart():
-    runs = [a_run("ddim", 8, 3.0), a_run("ddim", 4, 5.0), a_run("ddim", 8, 2.0, 1.5), a_run("ddim", 8, 1.0, power=3)]
+def test_curves_take_the_best_guidance():
+    runs = [a_run("ddim", 8, 3.0), a_run("ddim", 4, 5.0), a_run("ddim", 8, 2.0, 1.5), a_run("unipc", 8, 1.0)]
     found = curves(runs, "cnn3")
-    assert found == {"ddim": [(4, 5.0), (8, 2.0)], "ddim, power 3": [(8, 1.0)]}
+    assert found == {"ddim": [(4, 5.0), (8, 2.0)], "unipc": [(8, 1.0)]}
     assert plot_curves(found, "steps", "FD").size == (560, 360)
     table = render_samplers(
         {"floor": {"cnn3": 0.1}, "runs": runs, "asked": {"num_images": 64}, "command": "a command"}
     )
-    assert "| ddim, power 3 | 8 | 1 | 1.00 | 0.970 | 0.90 |" in table
+    assert "| unipc | 8 | 1 | 1.00 | 0.970 | 0.90 |" in table
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +57,25 @@ def test_script_measures_goes_on_and_sets_the_defaults(cells, tiny_pipeline_dir,
     output = tmp_path / "samplers.json"
     flags = ["--model", str(model), "--dataset_name", str(cells), "--output", str(output), "--num_images", "16"]
     flags += ["--samplers", "dpmsolver++", "--steps", "1", "2", "--guidance_scale", "1.0", "--device", "cpu"]
-    flags += ["--timestep_power", "1", "3", "--evaluator_steps", "2", "--evaluators", str(tmp_path / "judges")]
+    flags += [
+        "--guidance_interval",
+        "0",
+        "1",
+        "0.2",
+        "0.8",
+        "--evaluator_steps",
+        "2",
+        "--evaluators",
+        str(tmp_path / "judges"),
+    ]
 
     def measure(*more):
         assert script["main"](script["parse"](script["EvaluateSamplersConfig"], {}, [*flags, *more])) == 0
         return json.loads(output.read_text())
 
     first = measure()
-    assert [(run["num_inference_steps"], run["timestep_power"]) for run in first["runs"]] == [
-        (1, 1.0), (1, 3.0), (2, 1.0), (2, 3.0)
-    ]  # fmt: skip
+    intervals = [(run["num_inference_steps"], run["guidance_interval"]) for run in first["runs"]]
+    assert intervals == [(1, [0, 1]), (1, [0.2, 0.8]), (2, [0, 1]), (2, [0.2, 0.8])]
     assert set(first["runs"][0]["judges"]) == set(first["floor"]) == {"cnn3", "cnn5", "simclr"}
     assert Image.open(tmp_path / "samplers.png").size == (560, 360)
 
@@ -77,7 +86,6 @@ def test_script_measures_goes_on_and_sets_the_defaults(cells, tiny_pipeline_dir,
     pipe = VisBioPipeline.from_pretrained(model)
     assert pipe.scheduler.config.algorithm_type == "dpmsolver++"
     assert pipe.config.num_inference_steps == best["num_inference_steps"] and pipe.config.guidance_scale == 1
-    assert pipe.config.timestep_power == best["timestep_power"]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from transformers import BertConfig, BertModel
 
 from visbio_diffusers import VisBioImg2ImgPipeline, VisBioPipeline
-from visbio_diffusers.pipelines.schedulers import SCHEDULERS, prepare_timesteps, spaced_timesteps, step_arguments
+from visbio_diffusers.pipelines.schedulers import SCHEDULERS, prepare_timesteps, step_arguments
 from visbio_diffusers.text import encode_text
 
 
@@ -145,38 +145,19 @@ def test_custom_steps(tiny_pipeline, scheduler, argument):
 
 
 def test_a_model_is_drawn_with_its_own_defaults(tiny_pipeline, tmp_path):
-    pipe = VisBioPipeline(**tiny_pipeline.components, num_inference_steps=6, guidance_scale=2.0, timestep_power=2.0)
+    pipe = VisBioPipeline(**tiny_pipeline.components, num_inference_steps=6, guidance_scale=2.0)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.save_pretrained(tmp_path)
     loaded = VisBioPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     image = loaded("a cell", generator=_seeds(0), output_type="latent").images
     assert loaded.num_timesteps == 6 and loaded.guidance_scale == 2
-    steps = spaced_timesteps(1000, 6, 2.0)
-    assert steps == [999, 694, 444, 250, 111, 28] == loaded.scheduler.timesteps.tolist()
-    said = {"num_inference_steps": 6, "guidance_scale": 2.0, "timesteps": steps, "output_type": "latent"}
+    said = {"num_inference_steps": 6, "guidance_scale": 2.0, "output_type": "latent"}
     assert torch.equal(loaded("a cell", generator=_seeds(0), **said).images, image)
     other = VisBioImg2ImgPipeline.from_pipe(loaded)
-    assert {**other.config}["num_inference_steps"] == 6 and other.config.timestep_power == 2
+    assert other.config.num_inference_steps == 6 and other.config.guidance_scale == 2
     loaded("a cell", num_inference_steps=2, guidance_scale=1, generator=_seeds(0))
     assert loaded.num_timesteps == 2 and loaded.guidance_scale == 1
-
-
-def test_spacing_of_steps():
-    assert spaced_timesteps(1000, 4, 1.0) == [999, 749, 500, 250]
-    crowded = spaced_timesteps(1000, 100, 3.0)
-    assert crowded == sorted(set(crowded), reverse=True) and len(crowded) < 100  # what would be the same is once there
-    ddim = prepare_timesteps(_scheduler("DDIMScheduler"), 10, power=2.0)  # takes no custom timesteps
-    assert torch.equal(ddim, prepare_timesteps(_scheduler("DDIMScheduler"), 10))
-
-
-def test_crowded_steps_keep_fine_texture_that_few_even_steps_lose(monkeypatch):
-    monkeypatch.setattr(f"{__name__}.SPREAD", 0.05)
-    solver = {"algorithm_type": "dpmsolver++"}
-    even, crowded = (
-        _sampled(_scheduler("DPMSolverMultistepScheduler", **solver), 12, power=power)[1] for power in (1.0, 3.0)
-    )
-    assert even < 0.02 and crowded == pytest.approx(0.05, rel=0.01)
 
 
 def test_output_types(tiny_pipeline):
@@ -377,9 +358,9 @@ def _best_prediction(sample, t, prediction_type):
     return {"epsilon": noise, "sample": image, "v_prediction": velocity}[prediction_type]
 
 
-def _sampled(scheduler, steps, eta=0.0, power=1.0):
+def _sampled(scheduler, steps, eta=0.0):
     """Return mean and spread of 128 x 128 pixels, from standardised noise so that they have no error of their own."""
-    timesteps = prepare_timesteps(scheduler, steps, power=power)
+    timesteps = prepare_timesteps(scheduler, steps)
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(1, 1, 128, 128, generator=generator)
     sample = (sample - sample.mean()) / sample.std() * scheduler.init_noise_sigma

@@ -47,9 +47,6 @@ class EvaluateSamplersConfig:
         metadata={"help": "low and high share of the guided timesteps, pair by pair"},
     )
     guidance_rescale: list[float] = field(default_factory=lambda: [0.0], metadata={"help": "shares, 0 to 1"})
-    timestep_power: list[float] = field(
-        default_factory=lambda: [1.0], metadata={"help": "above 1 crowds the steps where there is little noise"}
-    )
     save_default: bool = flag(False, "let the model's folder draw so: fewest steps within 10 % of the best distance")
     num_images: int = flag(1024, "images of each combination, as many of every class")
     batch_size: int = flag(64, "images drawn at once")
@@ -74,8 +71,8 @@ class EvaluateSamplersConfig:
         """Return the settings of each set of images."""
         intervals = list(zip(self.guidance_interval[::2], self.guidance_interval[1::2], strict=True))
         names = "sampler", "num_inference_steps", "guidance_scale", "guidance_interval", "guidance_rescale"
-        values = self.samplers, self.steps, self.guidance_scale, intervals, self.guidance_rescale, self.timestep_power
-        return [dict(zip((*names, "timestep_power"), each, strict=True)) for each in itertools.product(*values)]
+        values = self.samplers, self.steps, self.guidance_scale, intervals, self.guidance_rescale
+        return [dict(zip(names, each, strict=True)) for each in itertools.product(*values)]
 
 
 class Judged:
@@ -142,7 +139,6 @@ def main(config: EvaluateSamplersConfig) -> int:
     for combination in config.combinations()[len(results["runs"]) :]:
         options = dict(combination)
         pipe.scheduler = make_sampler(options.pop("sampler"), pipe.scheduler)
-        pipe.register_to_config(timestep_power=options.pop("timestep_power"))
         started = time.perf_counter()
         drawn = evaluation.generate_images(pipe, prompts, config.seed, config.batch_size, **options)
         seconds = time.perf_counter() - started
@@ -154,7 +150,7 @@ def main(config: EvaluateSamplersConfig) -> int:
     save_png(plot_curves(curves(results["runs"], judge), "steps", f"FD-{judge}"), output.with_suffix(".png"))
     if config.save_default:
         best = cheapest(results["runs"], judge)
-        names = "num_inference_steps", "guidance_scale", "timestep_power"
+        names = "num_inference_steps", "guidance_scale"
         sampler = make_sampler(best["sampler"], pipe.scheduler)
         save_defaults(find_model(config.model)[0], sampler, **{name: best[name] for name in names})
     return 0

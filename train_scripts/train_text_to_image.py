@@ -82,8 +82,8 @@ class TextToImageConfig(CaptionedImagesConfig):
         super().__post_init__()
 
 
-# 7.6 M parameters; the result of `blood-28` is in model_cards/visbio-blood-28/README.md. The two GPU presets train the
-# same model and wait for a measurement on such a card.
+# 7.6 M parameters; the result of `blood-28` is in model_cards/visbio-blood-28/README.md. Two presets train the same
+# model on a GPU: `rtx3050` took 1.0 GB, `colab-t4` waits for a measurement on such a card.
 BLOOD = dict(
     unet_config='{"layers_per_block": 1, "num_transformer_layers": 5}', random_flip="dihedral", train_batch_size=64,
     learning_rate=7e-4, lr_scheduler="cosine", lr_warmup_steps=100, ema_decay=0.998, max_train_steps=2100,

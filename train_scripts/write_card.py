@@ -32,9 +32,9 @@ tags: [biology, microscopy, haematology, evaluation]
 
 # {name}
 
-The judges of `visbio evaluate` on rebuilt BloodMNIST at 28 px: residual networks trained on its train split alone,
-with shifts, turns, blur, resizing, noise and light varied, so that they do not rely on sharpness. `visbio evaluate`
-finds them by the hash of the training images. **Judges only**: a model that was tuned to please one is refused.
+The judges of `visbio evaluate` on `{dataset}` at {size} px: residual networks trained on its train split alone, with
+shifts, turns, blur, resizing, noise and light varied, so that they do not rely on sharpness. `visbio evaluate` finds
+them by the hash of the training images. **Judges only**: a model that was tuned to please one is refused.
 
 | Judge | Learned from | Parameters | Right on real test images | SHA-256 of the weights |
 | --- | --- | --- | --- | --- |
@@ -60,6 +60,8 @@ def evaluators_card(folder: Path, results: dict) -> str:
         rows += "| " + " | ".join(cells) + " |\n"
     return EVALUATORS_CARD.format(
         name=folder.name,
+        size=folder.name.rpartition("-")[2],
+        dataset=results["dataset"],
         rows=rows,
         num_test=results["split"]["num_test"],
         num_matched=results["alignment_evaluator"]["real_test"]["retrieval"]["n"],

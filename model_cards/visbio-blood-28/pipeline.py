@@ -111,8 +111,11 @@ class VisBioPipelineMixin(SafetensorsMixin):
         scheduler: SchedulerMixin,
         text_encoder: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 1.35,
     ):
         super().__init__()
+        self.register_to_config(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
         self.register_modules(unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         self._guidance_scale = 1.0
@@ -285,6 +288,11 @@ class VisBioPipelineMixin(SafetensorsMixin):
             raise ValueError(
                 f"{len(negative_prompt_embeds)} `negative_prompt_embeds` for {batch_size} prompts: give one each"
             )
+
+    def _or_defaults(self, num_inference_steps, guidance_scale):
+        """Return steps and guidance, and for None those with which the model is best drawn."""
+        steps = self.config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        return steps, self.config.guidance_scale if guidance_scale is None else guidance_scale
 
     def prepare_latents(self, batch_size, height, width, dtype, device, generator, latents=None):
         """Return the noise to start from: given, or drawn (batch, channels, height, width) at the scheduler's scale.
@@ -565,6 +573,7 @@ class VisBioPipeline(VisBioPipelineMixin, DiffusionPipeline, VisBioLoraLoaderMix
         scheduler ([`SchedulerMixin`]): DDIM, DDPM, DPMSolverMultistep, UniPC or Euler.
         text_encoder ([`~transformers.PreTrainedModel`]): any BERT whose hidden size is `unet`'s `cross_attention_dim`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): that encoder's tokenizer.
+        num_inference_steps (`int`), guidance_scale (`float`): those of calls that name none.
 
     Example:
         ```py
@@ -581,10 +590,10 @@ class VisBioPipeline(VisBioPipelineMixin, DiffusionPipeline, VisBioLoraLoaderMix
         prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 25,
+        num_inference_steps: int | None = None,
         timesteps: list[int] | None = None,
         sigmas: list[float] | None = None,
-        guidance_scale: float = 1.35,
+        guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         guidance_rescale: float = 0.0,
         negative_prompt: str | list[str] | None = None,
@@ -606,11 +615,11 @@ class VisBioPipeline(VisBioPipelineMixin, DiffusionPipeline, VisBioLoraLoaderMix
             prompt (`str` or `list[str]`, *optional*): what to draw; left out if `prompt_embeds` is given.
             height, width (`int`, *optional*): in pixels, multiples of the UNet's `downsample_factor`; default is the
                 size the model was trained at.
-            num_inference_steps (`int`): denoising steps.
+            num_inference_steps (`int`, *optional*): denoising steps; default is that of the model.
             timesteps (`list[int]`, *optional*), sigmas (`list[float]`, *optional*): custom steps, in descending
                 order, for schedulers that take them.
-            guidance_scale (`float`): weight of the text, w of equation 2 of Imagen (Saharia et al. 2022). 1 is off;
-                higher follows the text more closely and varies less.
+            guidance_scale (`float`, *optional*): weight of the text, w of equation 2 of Imagen (Saharia et al.
+                2022); default is that of the model. 1 is off; higher follows the text more closely and varies less.
             guidance_interval (`tuple[float, float]`): guidance works only while the timestep, as a share of the
                 training timesteps, lies within (Kynkaanniemi et al. 2024). Steps outside cost half. (0, 1) guides all.
             guidance_rescale (`float`): in [0, 1], against overexposure (Lin et al. 2023, section 3.4).
@@ -640,6 +649,7 @@ class VisBioPipeline(VisBioPipelineMixin, DiffusionPipeline, VisBioLoraLoaderMix
         # 0. Defaults
         height = height or self.unet.config.sample_size
         width = width or self.unet.config.sample_size
+        num_inference_steps, guidance_scale = self._or_defaults(num_inference_steps, guidance_scale)
 
         # 1. Check inputs
         self._check_form(height, width, num_images_per_prompt, guidance_scale, guidance_interval, output_type)

@@ -40,7 +40,7 @@ def save_defaults(folder: Path, scheduler: SchedulerMixin, **defaults: Any) -> N
     Args:
         folder (`Path`): of the pipeline.
         scheduler (`SchedulerMixin`): takes the place of its own.
-        defaults: `num_inference_steps`, `guidance_scale` and `timestep_power` of `VisBioPipeline`.
+        defaults: `num_inference_steps` and `guidance_scale` of `VisBioPipeline`.
     """
     scheduler.save_pretrained(folder / "scheduler")
     file = folder / "model_index.json"
@@ -50,11 +50,10 @@ def save_defaults(folder: Path, scheduler: SchedulerMixin, **defaults: Any) -> N
 
 
 def curves(runs: list[dict], judge: str) -> dict[str, list[tuple[float, float]]]:
-    """Return the points (steps, distance) of each sampler and spacing, at its best guidance."""
+    """Return the points (steps, distance) of each sampler, at its best guidance."""
     found: dict[str, dict[int, float]] = {}
     for run in runs:
-        power = run.get("timestep_power", 1)
-        points = found.setdefault(run["sampler"] + (f", power {power:g}" if power != 1 else ""), {})
+        points = found.setdefault(run["sampler"], {})
         steps, value = run["num_inference_steps"], run["judges"][judge]["frechet"]
         points[steps] = min(value, points.get(steps, value))
     return {name: sorted(points.items()) for name, points in found.items()}
@@ -70,11 +69,10 @@ def render_samplers(results: dict) -> str:
     for run in results["runs"]:
         low, high = run["guidance_interval"]
         guidance = f"{run['guidance_scale']:g}" + (f" in {low:g} to {high:g}" if (low, high) != (0, 1) else "")
-        power = f", power {run['timestep_power']:g}" if run.get("timestep_power", 1) != 1 else ""
         found = run["judges"].values()
         fidelity = min(each["fidelity"] for each in found if "fidelity" in each)
         spread = sum(each["within_class_distance"] for each in found) / len(judges)
-        cells = [run["sampler"] + power, run["num_inference_steps"], guidance]
+        cells = [run["sampler"], run["num_inference_steps"], guidance]
         cells += [f"{run['judges'][name]['frechet']:.2f}" for name in judges] + [f"{fidelity:.3f}", f"{spread:.2f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     floor = " and ".join(f"{value:.2f} ({name})" for name, value in results["floor"].items())

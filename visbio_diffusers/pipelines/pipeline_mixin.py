@@ -33,12 +33,9 @@ class VisBioPipelineMixin(SafetensorsMixin):
         tokenizer: PreTrainedTokenizerBase,
         num_inference_steps: int = 25,
         guidance_scale: float = 1.35,
-        timestep_power: float = 1.0,
     ):
         super().__init__()
-        self.register_to_config(
-            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, timestep_power=timestep_power
-        )
+        self.register_to_config(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
         self.register_modules(unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         self._guidance_scale = 1.0

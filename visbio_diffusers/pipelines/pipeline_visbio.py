@@ -19,8 +19,6 @@ class VisBioPipeline(VisBioPipelineMixin, DiffusionPipeline, VisBioLoraLoaderMix
         text_encoder ([`~transformers.PreTrainedModel`]): any BERT whose hidden size is `unet`'s `cross_attention_dim`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): that encoder's tokenizer.
         num_inference_steps (`int`), guidance_scale (`float`): those of calls that name none.
-        timestep_power (`float`): above 1 it crowds the steps where there is little noise, which few steps need: the
-            i-th of n is at the share `(1 - i / n) ** timestep_power` of the timesteps. 1 leaves that to the scheduler.
 
     Example:
         ```py
@@ -124,9 +122,7 @@ class VisBioPipeline(VisBioPipelineMixin, DiffusionPipeline, VisBioLoraLoaderMix
         )
 
         # 3. Prepare timesteps
-        timesteps = prepare_timesteps(
-            self.scheduler, num_inference_steps, device, timesteps, sigmas, self.config.timestep_power
-        )
+        timesteps = prepare_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
 
         # 4. Prepare latents: noise in pixel space, always float32, for multistep schedulers add up rounding errors
         latents = self.prepare_latents(

@@ -77,9 +77,7 @@ class VisBioRedrawMixin(VisBioPipelineMixin):
         mask = None if mask is None else expand("mask_image", mask, *counts).to(device)
 
         # 3. Prepare timesteps
-        timesteps = prepare_timesteps(
-            self.scheduler, num_inference_steps, device, timesteps, sigmas, self.config.timestep_power
-        )
+        timesteps = prepare_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
         timesteps = last_timesteps(self.scheduler, timesteps, strength, midway=mask is not None)
 
         # 4. Prepare latents: noise, or the image noised to the first timestep

@@ -38,7 +38,6 @@ def prepare_timesteps(
     device: torch.device | None = None,
     timesteps: list[int] | None = None,
     sigmas: list[float] | None = None,
-    power: float = 1.0,
 ) -> torch.Tensor:
     """Set the steps of a scheduler that can sample this kind of model.
 
@@ -48,8 +47,6 @@ def prepare_timesteps(
         device (`torch.device`, *optional*): of the result.
         timesteps (`list[int]`, *optional*), sigmas (`list[float]`, *optional*): instead, one or the other, in
             descending order, where the scheduler takes them.
-        power (`float`): above 1 it crowds the steps where there is little noise, see [`spaced_timesteps`]; 1, or a
-            scheduler that takes no custom timesteps, leaves the spacing to the scheduler.
 
     Returns:
         `scheduler.timesteps`, descending.
@@ -65,11 +62,8 @@ def prepare_timesteps(
     custom = {argument: values for argument, values in custom.items() if values is not None}
     if not custom and (not isinstance(num_inference_steps, int) or num_inference_steps < 1):
         raise ValueError(f"`num_inference_steps` must be a whole number from 1, but is {num_inference_steps!r}")
-    takes = inspect.signature(scheduler.set_timesteps).parameters
-    if not custom and power != 1 and "timesteps" in takes:
-        custom["timesteps"] = spaced_timesteps(scheduler.config.num_train_timesteps, num_inference_steps, power)
     for argument in custom:
-        if argument not in takes:
+        if argument not in inspect.signature(scheduler.set_timesteps).parameters:
             raise ValueError(f"{name} takes no custom `{argument}`: use num_inference_steps")
     scheduler.set_timesteps(**(custom or {"num_inference_steps": num_inference_steps}), device=device)
     sigma = float(scheduler.init_noise_sigma)
@@ -79,12 +73,6 @@ def prepare_timesteps(
             f' {name}.from_config(pipe.scheduler.config, timestep_spacing="leading")'
         )
     return scheduler.timesteps
-
-
-def spaced_timesteps(num_train_timesteps: int, num_inference_steps: int, power: float) -> list[int]:
-    """Return timesteps from the last one down, the i-th of n at the share `(1 - i / n) ** power`, without repeats."""
-    shares = ((1 - step / num_inference_steps) ** power for step in range(num_inference_steps))
-    return list(dict.fromkeys(round((num_train_timesteps - 1) * share) for share in shares))
 
 
 def step_arguments(scheduler, eta: float, generator) -> dict:
