@@ -17,10 +17,11 @@ from visbio_diffusers.evaluation.samplers import cheapest, curves, render_sample
 ROOT = Path(__file__).parent.parent
 
 
-def a_run(sampler, steps, distance, guidance=1.0):
+def a_run(sampler, steps, distance, guidance=1.0, interval=(0, 1)):
     judges = {"cnn3": {"frechet": distance, "within_class_distance": 0.9, "fidelity": 0.97}}
     return {
-        "sampler": sampler, "num_inference_steps": steps, "guidance_scale": guidance, "guidance_interval": [0, 1],
+        "sampler": sampler, "num_inference_steps": steps, "guidance_scale": guidance, "guidance_interval": [*interval],
+        "guidance_rescale": 0.0,
         "judges": judges,
     }  # fmt: skip
 
@@ -29,6 +30,13 @@ def test_cheapest_counts_guided_steps_twice_and_stays_within_a_tenth_of_the_best
     runs = [a_run("ddim", 50, 1.0), a_run("unipc", 12, 1.09, guidance=1.5), a_run("unipc", 20, 1.08)]
     assert cheapest(runs, "cnn3")["num_inference_steps"] == 20
     assert cheapest([*runs, a_run("unipc", 8, 1.11)], "cnn3")["num_inference_steps"] == 20
+
+
+def test_what_was_guided_in_an_interval_is_no_default():
+    limited = a_run("unipc", 8, 0.5, guidance=1.5, interval=(0.2, 0.8))
+    assert cheapest([a_run("unipc", 12, 1.0), limited], "cnn3")["num_inference_steps"] == 12
+    with pytest.raises(ValueError, match="measure one without"):
+        cheapest([limited], "cnn3")
 
 
 def test_curves_take_the_best_guidance():

@@ -13,7 +13,6 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from visbio_diffusers import evaluation, load_bank, load_image_dataset
@@ -78,12 +77,13 @@ class EvaluateSamplersConfig:
 class Judged:
     """Real images, and the judges that hold drawn ones against them."""
 
-    def __init__(self, config: EvaluateSamplersConfig, side: int, labels):
+    def __init__(self, config: EvaluateSamplersConfig, side: int):
         form = {"resolution": side, "caption_bank": config.caption_bank or None}
         real = [load_image_dataset(config.dataset_name, split, **form) for split in ("train", "test")]
         if real[0].bank is None:
             raise ValueError(f"{real[0].name} has no captions for its classes: name a --caption_bank")
-        self.bank, self.labels = load_bank(real[0].bank), labels % len(load_bank(real[0].bank).class_names)
+        self.bank = load_bank(real[0].bank)
+        self.labels = evaluation.balanced_labels(config.num_images, len(self.bank.class_names))
         self.train, self.test = map(evaluation.as_split, real)
         folder = config.evaluators or Path("runs/evaluators", images_hash(self.train)[:12])
         settings = {"num_classes": len(self.bank.class_names), "device": config.device}
@@ -124,8 +124,7 @@ def main(config: EvaluateSamplersConfig) -> int:
     pipe.set_progress_bar_config(disable=True)
     if config.compile:
         pipe.unet.to(memory_format=torch.channels_last).compile()
-    labels = np.arange(config.num_images)
-    judged = Judged(config, pipe.unet.config.sample_size, labels)
+    judged = Judged(config, pipe.unet.config.sample_size)
     prompts = [judged.bank.plain_caption(int(label)) for label in judged.labels]
     output = Path(config.output)
     left_out = "output", "device", "batch_size", "save_default"

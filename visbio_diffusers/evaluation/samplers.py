@@ -28,10 +28,24 @@ def make_sampler(name: str, scheduler: SchedulerMixin) -> SchedulerMixin:
 
 
 def cheapest(runs: list[dict], judge: str) -> dict:
-    """Return the run with the fewest predictions of those that come within a tenth of the best distance."""
+    """Return the run with the fewest predictions of those that come within a tenth of the best distance.
+
+    Runs guided in an interval or rescaled are left out, as a model's folder cannot say so.
+
+    Raises:
+        ValueError: if that leaves none.
+    """
+    runs = [run for run in runs if run["guidance_scale"] <= 1 or _is_plain(run)]
+    if not runs:
+        raise ValueError("all were guided in an interval or rescaled, which is no default: measure one without")
     best = min(run["judges"][judge]["frechet"] for run in runs)
     near = [run for run in runs if run["judges"][judge]["frechet"] <= NEAR * best]
     return min(near, key=lambda run: run["num_inference_steps"] * (1 + (run["guidance_scale"] > 1)))
+
+
+def _is_plain(run: dict) -> bool:
+    """Return whether all steps of a run were guided, and nothing was rescaled."""
+    return list(run["guidance_interval"]) == [0, 1] and not run["guidance_rescale"]
 
 
 def save_defaults(folder: Path, scheduler: SchedulerMixin, **defaults: Any) -> None:
