@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from diffusers import UniPCMultistepScheduler
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
@@ -55,6 +56,19 @@ def test_each_scheduler_draws_and_is_recorded(models, scheduler):
     assert drawing.records[0]["scheduler"] == (SCHEDULERS[scheduler] or "DDIMScheduler") in FIT
     assert np.asarray(drawing.images[0]).std() > 0
     assert draw_images(models, "a cell", 1, 0, 4).records[0]["scheduler"] == "DDIMScheduler"  # the next one's own
+
+
+def test_page_begins_at_the_settings_of_the_model(tiny_pipeline_dir, tmp_path):
+    pipe = VisBioPipeline.from_pretrained(tiny_pipeline_dir)
+    pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.register_to_config(num_inference_steps=3, guidance_scale=1.0, timestep_spacing="cosine")
+    pipe.save_pretrained(tmp_path / "model")
+    models = Models(str(tmp_path / "model"), device="cpu")
+    assert models.defaults == {"num_inference_steps": 3, "guidance_scale": 1.0}
+    found = draw_images(models, "a cell", 1).records[0]
+    assert (found["num_inference_steps"], found["guidance_scale"], found["timestep_spacing"]) == ("3", "1.0", "cosine")
+    other = draw_images(models, "a cell", 1, scheduler="DPM++ 2M").records[0]
+    assert (other["num_inference_steps"], other["timestep_spacing"]) == ("3", "cosine")
 
 
 def test_adapter_is_drawn_with_at_its_scale(tiny_pipeline_dir, tmp_path):

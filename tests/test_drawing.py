@@ -21,6 +21,16 @@ def test_what_is_drawn_is_what_the_settings_say_and_is_kept(tiny_pipeline_dir, t
     assert np.array_equal(images, config.draw(pipe, facts, prompts))
 
 
+def test_a_model_that_draws_otherwise_is_drawn_anew(tiny_pipeline_dir, tmp_path):
+    config = DrawingConfig(output=str(tmp_path / "found.json"), model=str(tiny_pipeline_dir), device="cpu")
+    pipe, facts = config.load()
+    found = []
+    for steps in (1, 2, 1):
+        pipe.register_to_config(num_inference_steps=steps)
+        found.append(config.draw(pipe, facts, ["a monocyte"]))
+    assert (found[0] != found[1]).any() and np.array_equal(found[0], found[2])
+
+
 def test_defaults_are_those_of_the_pipeline(tmp_path):
     config = DrawingConfig(output=str(tmp_path / "found.json"))
     assert config.options == {} and config.judges == tmp_path / "found" / "evaluators"

@@ -1,5 +1,6 @@
 """Samplers: which is chosen, what a model is told, and the script, which goes on where it was killed."""
 
+import itertools
 import json
 import runpy
 import shutil
@@ -41,13 +42,15 @@ def test_what_was_guided_in_an_interval_is_no_default():
 
 def test_curves_take_the_best_guidance():
     runs = [a_run("ddim", 8, 3.0), a_run("ddim", 4, 5.0), a_run("ddim", 8, 2.0, 1.5), a_run("unipc", 8, 1.0)]
+    runs.append({**a_run("unipc", 8, 0.8), "timestep_spacing": "cosine"})
     found = curves(runs, "cnn3")
-    assert found == {"ddim": [(4, 5.0), (8, 2.0)], "unipc": [(8, 1.0)]}
+    assert found == {"ddim": [(4, 5.0), (8, 2.0)], "unipc": [(8, 1.0)], "unipc, cosine": [(8, 0.8)]}
     assert plot_curves(found, "steps", "FD").size == (560, 360)
     table = render_samplers(
         {"floor": {"cnn3": 0.1}, "runs": runs, "asked": {"num_images": 64}, "command": "a command"}
     )
     assert "| unipc | 8 | 1 | 1.00 | 0.970 | 0.90 |" in table
+    assert "| unipc, cosine | 8 | 1 | 0.80 | 0.970 | 0.90 |" in table
 
 
 @pytest.fixture(scope="module")
@@ -65,41 +68,34 @@ def test_script_measures_goes_on_and_sets_the_defaults(cells, tiny_pipeline_dir,
     output = tmp_path / "samplers.json"
     flags = ["--model", str(model), "--dataset_name", str(cells), "--output", str(output), "--num_images", "16"]
     flags += ["--samplers", "dpmsolver++", "--steps", "1", "2", "--guidance_scale", "1.0", "--device", "cpu"]
-    flags += [
-        "--guidance_interval",
-        "0",
-        "1",
-        "0.2",
-        "0.8",
-        "--evaluator_steps",
-        "2",
-        "--evaluators",
-        str(tmp_path / "judges"),
-    ]
+    flags += ["--guidance_interval", "0", "1", "0.2", "0.8", "--timestep_spacing", "even", "cosine"]
+    flags += ["--evaluator_steps", "2", "--evaluators", str(tmp_path / "judges")]
 
     def measure(*more):
         assert script["main"](script["parse"](script["EvaluateSamplersConfig"], {}, [*flags, *more])) == 0
         return json.loads(output.read_text())
 
     first = measure()
-    intervals = [(run["num_inference_steps"], run["guidance_interval"]) for run in first["runs"]]
-    assert intervals == [(1, [0, 1]), (1, [0.2, 0.8]), (2, [0, 1]), (2, [0.2, 0.8])]
+    found = [(run["timestep_spacing"], run["num_inference_steps"], run["guidance_interval"]) for run in first["runs"]]
+    assert found == list(itertools.product(["even", "cosine"], [1, 2], [[0, 1], [0.2, 0.8]]))
     assert set(first["runs"][0]["judges"]) == set(first["floor"]) == {"cnn3", "cnn5", "simclr"}
     assert Image.open(tmp_path / "samplers.png").size == (560, 360)
 
-    output.write_text(json.dumps({**first, "runs": first["runs"][:3]}))  # as if killed
+    output.write_text(json.dumps({**first, "runs": first["runs"][:7]}))  # as if killed
     again = measure("--save_default", "true")
-    assert again["runs"][:3] == first["runs"][:3] and again["runs"][3]["judges"] == first["runs"][3]["judges"]
+    assert again["runs"][:7] == first["runs"][:7] and again["runs"][7]["judges"] == first["runs"][7]["judges"]
     best = cheapest(again["runs"], "cnn3")
     pipe = VisBioPipeline.from_pretrained(model)
     assert pipe.scheduler.config.algorithm_type == "dpmsolver++"
     assert pipe.config.num_inference_steps == best["num_inference_steps"] and pipe.config.guidance_scale == 1
+    assert (pipe.config.timestep_spacing or "even") == best["timestep_spacing"]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--samplers", "euler"], "samplers are ddim, dpmsolver"),
+        (["--timestep_spacing", "even", "karras"], "timestep_spacing is even or cosine, got even, karras"),
         (["--guidance_interval", "0.5"], "guidance_interval must be pairs of low and high"),
         (["--num_images", "8"], "num_images at least 16"),
     ],

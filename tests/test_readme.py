@@ -48,7 +48,7 @@ SMALL = {
     "evaluate_reward.py": "--num_prompts 2 --num_images_per_prompt 1 --num_processes 1",
     "--preset micro-64": "--max_train_steps 2 --train_batch_size 2 --report_to none --validation_steps 0"
     ' --lr_warmup_steps 1 --compile false --captions_per_class 8 --unet_config {"block_out_channels":[16,32]}',
-    "evaluate_samplers.py": "--num_images 16 --samplers ddim --steps 1 --evaluator_steps 2",
+    "evaluate_samplers.py": "--num_images 16 --samplers unipc --steps 1 --evaluator_steps 2",
     "evaluate_subtypes.py": "--num_images_per_subtype 1 --num_wording_images_per_subtype 1 --num_inference_steps 1"
     " --evaluator_steps 2",
     "evaluate_counts.py": "--num_images 4 --num_inference_steps 1 --counter_steps 2",

@@ -13,11 +13,10 @@ from PIL import Image
 
 from visbio_diffusers import evaluation
 from visbio_diffusers.config import flag, parse, run
-from visbio_diffusers.evaluation.sampling import stored_images
+from visbio_diffusers.evaluation.sampling import drawn_by, stored_images
 from visbio_diffusers.evaluation.tuning import gain
-from visbio_diffusers.files import digest
 from visbio_diffusers.grid import contact_sheet, save_png
-from visbio_diffusers.load import DEFAULT_MODEL, LORA_WEIGHTS
+from visbio_diffusers.load import load_pipeline
 from visbio_diffusers.prompts import load_prompts
 from visbio_diffusers.rewards import find_reward, score_images
 
@@ -39,9 +38,9 @@ class EvaluateRewardConfig:
 
 def draw(config: EvaluateRewardConfig, lora: str | None, prompts: list[str]) -> np.ndarray:
     """Return the images of prompts, with an adapter or without; what was drawn before is not drawn again."""
-    request = config.model or DEFAULT_MODEL, digest(Path(lora) / LORA_WEIGHTS) if lora else "", prompts, config.seed
-    store = Path(config.output).with_suffix("") / evaluation.store_name(*request)
     settings = (config.model or None, None, "float32", lora, 1.0)
+    request = drawn_by(*load_pipeline(*settings)), prompts, config.seed
+    store = Path(config.output).with_suffix("") / evaluation.store_name(*request)
     return stored_images(settings, prompts, config.seed, 32, store, config.num_processes)
 
 

@@ -25,6 +25,7 @@ from visbio_diffusers.evaluation.protocol import match_classes
 from visbio_diffusers.evaluation.samplers import SAMPLERS, cheapest, curves, make_sampler, save_defaults
 from visbio_diffusers.grid import save_png
 from visbio_diffusers.load import find_model, load_pipeline
+from visbio_diffusers.pipelines.schedulers import cosine_timesteps
 
 
 FLOOR_DRAWS = 5
@@ -40,6 +41,9 @@ class EvaluateSamplersConfig:
     caption_bank: str = flag("", "bank of a set that has none of its own")
     samplers: list[str] = field(default_factory=lambda: list(SAMPLERS), metadata={"help": ", ".join(SAMPLERS)})
     steps: list[int] = field(default_factory=lambda: [4, 8, 12, 25, 50], metadata={"help": "denoising steps"})
+    timestep_spacing: list[str] = field(
+        default_factory=lambda: ["even"], metadata={"help": "even or cosine, which DDIM does not take"}
+    )
     guidance_scale: list[float] = field(default_factory=lambda: [1.35], metadata={"help": "weights of the text"})
     guidance_interval: list[float] = field(
         default_factory=lambda: [0.0, 1.0],
@@ -61,6 +65,8 @@ class EvaluateSamplersConfig:
         unknown = [name for name in self.samplers if name not in SAMPLERS]
         if unknown or not self.samplers:
             raise ValueError(f"samplers are {', '.join(SAMPLERS)}, got {', '.join(unknown) or 'none'}")
+        if not self.timestep_spacing or not set(self.timestep_spacing) <= {"even", "cosine"}:
+            raise ValueError(f"timestep_spacing is even or cosine, got {', '.join(self.timestep_spacing) or 'none'}")
         if len(self.guidance_interval) % 2 or not self.guidance_interval:
             raise ValueError("guidance_interval must be pairs of low and high")
         if min(*self.steps, self.num_images, self.batch_size) < 1 or self.num_images < 16:
@@ -69,8 +75,10 @@ class EvaluateSamplersConfig:
     def combinations(self) -> list[dict]:
         """Return the settings of each set of images."""
         intervals = list(zip(self.guidance_interval[::2], self.guidance_interval[1::2], strict=True))
-        names = "sampler", "num_inference_steps", "guidance_scale", "guidance_interval", "guidance_rescale"
-        values = self.samplers, self.steps, self.guidance_scale, intervals, self.guidance_rescale
+        names = "sampler", "timestep_spacing", "num_inference_steps"
+        names += "guidance_scale", "guidance_interval", "guidance_rescale"
+        values = self.samplers, self.timestep_spacing, self.steps
+        values += self.guidance_scale, intervals, self.guidance_rescale
         return [dict(zip(names, each, strict=True)) for each in itertools.product(*values)]
 
 
@@ -138,6 +146,11 @@ def main(config: EvaluateSamplersConfig) -> int:
     for combination in config.combinations()[len(results["runs"]) :]:
         options = dict(combination)
         pipe.scheduler = make_sampler(options.pop("sampler"), pipe.scheduler)
+        spacing = options.pop("timestep_spacing")
+        pipe.register_to_config(timestep_spacing=None)
+        if spacing == "cosine":
+            steps, length = options["num_inference_steps"], pipe.scheduler.config.num_train_timesteps
+            options["timesteps"] = cosine_timesteps(steps, length)
         started = time.perf_counter()
         drawn = evaluation.generate_images(pipe, prompts, config.seed, config.batch_size, **options)
         seconds = time.perf_counter() - started
@@ -149,9 +162,9 @@ def main(config: EvaluateSamplersConfig) -> int:
     save_png(plot_curves(curves(results["runs"], judge), "steps", f"FD-{judge}"), output.with_suffix(".png"))
     if config.save_default:
         best = cheapest(results["runs"], judge)
-        names = "num_inference_steps", "guidance_scale"
-        sampler = make_sampler(best["sampler"], pipe.scheduler)
-        save_defaults(find_model(config.model)[0], sampler, **{name: best[name] for name in names})
+        defaults = {name: best[name] for name in ("num_inference_steps", "guidance_scale")}
+        defaults["timestep_spacing"] = "cosine" if best["timestep_spacing"] == "cosine" else None
+        save_defaults(find_model(config.model)[0], make_sampler(best["sampler"], pipe.scheduler), **defaults)
     return 0
 
 

@@ -82,6 +82,8 @@ def open_studio(pipe: VisBioPipeline, provenance: dict[str, str], batch_size: in
     size = pipe.unet.config.sample_size
     call |= {"height": call["height"] or size, "width": call["width"] or size}
     facts = {**provenance, "scheduler": type(pipe.scheduler).__name__, "version": __version__}
+    if pipe.config.get("timestep_spacing"):
+        facts["timestep_spacing"] = pipe.config["timestep_spacing"]
     facts["dtype"] = str(pipe.unet.dtype).removeprefix("torch.")
     pipe.set_progress_bar_config(disable=True)  # `draw` shows one for all images
     return Studio(pipe, call, facts, batch_size)

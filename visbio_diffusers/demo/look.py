@@ -66,8 +66,8 @@ def reconstruct_upload(
     strength: float = 0.4,
     prompt: str = "",
     seed: int = 0,
-    steps: int = 25,
-    guidance_scale: float = 1.35,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
 ) -> Redrawn:
     """Draw an uploaded image again, as `visbio reconstruct` does.
 
@@ -82,7 +82,12 @@ def reconstruct_upload(
 
 
 def edit_upload(
-    models: Models, file: str | None, source: str, target: str, steps: int = 25, guidance_scale: float = 1.35
+    models: Models,
+    file: str | None,
+    source: str,
+    target: str,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
 ) -> Redrawn:
     """Edit an uploaded image from one text to another, as `visbio edit` does.
 

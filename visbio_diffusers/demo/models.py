@@ -84,6 +84,7 @@ class Models:
             self._adapters |= {place.name: str(place) for place in beside if base_of(place) is None}
         banks = filter(None, self.facts.get("caption_banks", "").split(", "))
         self.examples = [text for bank in banks for text in _plain_captions(bank)] or ["a cell"]
+        self.defaults = {name: pipe.config[name] for name in ("num_inference_steps", "guidance_scale")}
         config = pipe.unet.config
         self.reference = _load_reference(reference, config.sample_size, config.in_channels) if reference else None
 
@@ -98,10 +99,12 @@ class Models:
         adapter: str = NO_ADAPTER,
         scale: float = 1.0,
         scheduler: str = OWN_SCHEDULER,
-        steps: int = 25,
-        guidance_scale: float = 1.35,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
     ) -> Iterator[Studio]:
         """Give the means to draw, to one caller at a time; the arguments are checked, whoever sends them.
+
+        Steps and guidance are the model's own for None.
 
         Raises:
             ValueError: for names that are no choices, and numbers out of range.
@@ -109,8 +112,13 @@ class Models:
         check_choice("LoRA", adapter, self.adapters)
         check_choice("scheduler", scheduler, list(SCHEDULERS))
         check_number("LoRA scale", scale, 0, MAX_SCALE)
-        check_whole("steps", steps, 1, MAX_STEPS)
-        check_number("guidance scale", guidance_scale, 1, MAX_GUIDANCE)
+        chosen = dict(self.defaults)
+        if steps is not None:
+            check_whole("steps", steps, 1, MAX_STEPS)
+            chosen["num_inference_steps"] = int(steps)
+        if guidance_scale is not None:
+            check_number("guidance scale", guidance_scale, 1, MAX_GUIDANCE)
+            chosen["guidance_scale"] = float(guidance_scale)
         with self._lock:
             pipe, facts = self._load(adapter)
             if adapter != NO_ADAPTER:
@@ -118,8 +126,7 @@ class Models:
                 facts = {**facts, "lora_scale": f"{scale:g}"}
             if scheduler != OWN_SCHEDULER:
                 kind = getattr(diffusers, SCHEDULERS[scheduler])
-                pipe = VisBioPipeline(**{**pipe.components, "scheduler": kind.from_config(pipe.scheduler.config)})
-            chosen = {"num_inference_steps": int(steps), "guidance_scale": float(guidance_scale)}
+                pipe = VisBioPipeline.from_pipe(pipe, scheduler=kind.from_config(pipe.scheduler.config))
             yield open_studio(pipe, facts, MAX_IMAGES, **chosen)
 
     @property

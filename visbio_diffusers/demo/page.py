@@ -97,7 +97,7 @@ def _draw_tab(gr, models: Models, shelf: _Shelf) -> None:
             with gr.Row():
                 count = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images")
                 seed = gr.Number(0, label="First seed", precision=0, minimum=0, maximum=MAX_SEED)
-            steps, guidance = _step_sliders(gr)
+            steps, guidance = _step_sliders(gr, models)
             scheduler = gr.Dropdown(list(SCHEDULERS), value=OWN_SCHEDULER, label="Scheduler")
             with gr.Row():
                 adapter = gr.Dropdown(models.adapters, value=NO_ADAPTER, label="LoRA adapter")
@@ -159,7 +159,7 @@ def _redraw_tab(gr, models: Models, shelf: _Shelf) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
             file = _upload(gr)
-            steps, guidance = _step_sliders(gr)
+            steps, guidance = _step_sliders(gr, models)
             with gr.Group():
                 gr.Markdown("**Draw again**: a strength of 0 keeps the image, 1 ignores it.", padding=True)
                 strength = gr.Slider(0, 1, 0.4, step=0.05, label="Strength")
@@ -261,10 +261,11 @@ def _examples(gr, models: Models, prompt) -> None:
     gr.Examples([[text] for text in models.examples], prompt, label="Examples", examples_per_page=16)
 
 
-def _step_sliders(gr):
+def _step_sliders(gr, models: Models):
     with gr.Row():
-        steps = gr.Slider(1, MAX_STEPS, 25, step=1, label="Steps")
-        guidance = gr.Slider(1, MAX_GUIDANCE, 1.35, step=0.05, label="Guidance (1 is off)")
+        steps = gr.Slider(1, MAX_STEPS, models.defaults["num_inference_steps"], step=1, label="Steps")
+        label = "Guidance (1 is off)"
+        guidance = gr.Slider(1, MAX_GUIDANCE, models.defaults["guidance_scale"], step=0.05, label=label)
     return steps, guidance
 
 
@@ -295,7 +296,7 @@ def _picture(gr):
 def _facts(record: dict[str, str]) -> str:
     """Return what a PNG says of its making, but for its text, as one line."""
     names = ("model", "model_sha256", "lora", "lora_sha256", "lora_scale", "scheduler", "num_inference_steps")
-    names += ("guidance_scale", "strength", "image_sha256", "dtype", "version")
+    names += ("timestep_spacing", "guidance_scale", "strength", "image_sha256", "dtype", "version")
     return "Each PNG says: synthetic; " + "; ".join(f"{name} `{record[name]}`" for name in names if name in record)
 
 

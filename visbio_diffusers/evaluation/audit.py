@@ -34,7 +34,7 @@ from visbio_diffusers.evaluation.memorization import (
 from visbio_diffusers.evaluation.metrics import class_weights
 from visbio_diffusers.evaluation.protocol import match_classes
 from visbio_diffusers.evaluation.report import environment, write_results
-from visbio_diffusers.evaluation.sampling import draw_on_cores, generate_images, place_order, store_name
+from visbio_diffusers.evaluation.sampling import draw_on_cores, drawn_by, generate_images, place_order, store_name
 from visbio_diffusers.grid import contact_sheet, save_png
 from visbio_diffusers.load import check_device, load_pipeline
 
@@ -127,7 +127,8 @@ def audit(config: AuditConfig) -> int:
         pipe, facts = load_pipeline(config.model, config.device, lora=config.lora)
         warn_of_other_splits(config.model, config.dataset_name, config.lora)
         labels, prompts, *_ = place_order(real, config.num_images, 0, config.seed)
-        store = Path(config.output, ".images", store_name(facts, prompts, config.seed, config.batch_size))
+        request = drawn_by(pipe, facts), prompts, config.seed, config.batch_size
+        store = Path(config.output, ".images", store_name(*request))
         settings = {"first_seed": config.seed, "batch_size": config.batch_size, "store": store}
         processes = min(torch.get_num_threads(), 4)
         if pipe.device.type == "cpu" and isinstance(pipe, VisBioPipeline) and processes > 1:

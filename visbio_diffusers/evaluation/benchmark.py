@@ -53,6 +53,7 @@ from visbio_diffusers.evaluation.sampling import (
     Drawn,
     Order,
     draw_on_cores,
+    drawn_by,
     generate_images,
     peak_memory_gb,
     place_order,
@@ -246,7 +247,7 @@ def draw_samples(
 ) -> list[Sample]:
     """Draw the images of every set of `options`, by plain prompts and by held-out wording."""
     labels, prompts, wording_labels, wording_prompts = order
-    scheduler = type(pipe.scheduler).__name__, dict(pipe.scheduler.config)
+    drawer = drawn_by(pipe, facts)
     alone = PartialState().num_processes == 1 and pipe.device.type == "cpu"
     small = isinstance(pipe, VisBioPipeline)  # so that several fit into memory
     processes = config.num_processes or (min(torch.get_num_threads(), 4) if small else 1)
@@ -254,7 +255,7 @@ def draw_samples(
 
     def draw(texts: list[str], seed: int, chosen: dict, scale: float) -> tuple[Drawn, float | None]:
         of_adapter = [scale] if config.lora else []
-        store = config.store / store_name(facts, scheduler, texts, seed, config.batch_size, chosen, *of_adapter)
+        store = config.store / store_name(drawer, texts, seed, config.batch_size, chosen, *of_adapter)
         settings = {"first_seed": seed, "batch_size": config.batch_size, "store": store, **chosen}
         if pipe.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pipe.device)
@@ -283,7 +284,7 @@ def draw_samples(
         wording = None
         if wording_prompts:
             wording = Split(draw(wording_prompts, config.seed + len(labels), chosen, scale)[0].images, wording_labels)
-        facts_of_run = used | {"scheduler": scheduler[0]} | cost
+        facts_of_run = used | {"scheduler": type(pipe.scheduler).__name__} | cost
         samples.append(Sample(facts_of_run, Split(drawn.images, labels), prompts, wording, wording_prompts))
     return samples
 

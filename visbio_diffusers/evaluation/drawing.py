@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from visbio_diffusers.config import flag
-from visbio_diffusers.evaluation.sampling import generate_images, store_name
+from visbio_diffusers.evaluation.sampling import drawn_by, generate_images, store_name
 from visbio_diffusers.load import load_pipeline
 
 
@@ -61,6 +61,6 @@ class DrawingConfig:
 
         Equal prompts that follow each other have different seeds, equal lists of prompts the same images.
         """
-        request = facts, prompts, self.seed, self.batch_size, self.dtype, self.options
+        request = drawn_by(pipe, facts), prompts, self.seed, self.batch_size, self.dtype, self.options
         store = Path(self.output).with_suffix("") / "images" / store_name(*request)
         return generate_images(pipe, prompts, self.seed, self.batch_size, store=store, **self.options).images

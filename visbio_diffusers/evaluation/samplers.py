@@ -54,7 +54,7 @@ def save_defaults(folder: Path, scheduler: SchedulerMixin, **defaults: Any) -> N
     Args:
         folder (`Path`): of the pipeline.
         scheduler (`SchedulerMixin`): takes the place of its own.
-        defaults: `num_inference_steps` and `guidance_scale` of `VisBioPipeline`.
+        defaults: `num_inference_steps`, `guidance_scale` and `timestep_spacing` of `VisBioPipeline`.
     """
     scheduler.save_pretrained(folder / "scheduler")
     file = folder / "model_index.json"
@@ -63,11 +63,17 @@ def save_defaults(folder: Path, scheduler: SchedulerMixin, **defaults: Any) -> N
         temporary.write_text(json.dumps(index, indent=2) + "\n")
 
 
+def _name(run: dict) -> str:
+    """Return the sampler of a run, and its spacing if that is not an even one."""
+    spacing = run.get("timestep_spacing", "even")
+    return run["sampler"] if spacing == "even" else f"{run['sampler']}, {spacing}"
+
+
 def curves(runs: list[dict], judge: str) -> dict[str, list[tuple[float, float]]]:
     """Return the points (steps, distance) of each sampler, at its best guidance."""
     found: dict[str, dict[int, float]] = {}
     for run in runs:
-        points = found.setdefault(run["sampler"], {})
+        points = found.setdefault(_name(run), {})
         steps, value = run["num_inference_steps"], run["judges"][judge]["frechet"]
         points[steps] = min(value, points.get(steps, value))
     return {name: sorted(points.items()) for name, points in found.items()}
@@ -86,7 +92,7 @@ def render_samplers(results: dict) -> str:
         found = run["judges"].values()
         fidelity = min(each["fidelity"] for each in found if "fidelity" in each)
         spread = sum(each["within_class_distance"] for each in found) / len(judges)
-        cells = [run["sampler"], run["num_inference_steps"], guidance]
+        cells = [_name(run), run["num_inference_steps"], guidance]
         cells += [f"{run['judges'][name]['frechet']:.2f}" for name in judges] + [f"{fidelity:.3f}", f"{spread:.2f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     floor = " and ".join(f"{value:.2f} ({name})" for name, value in results["floor"].items())

@@ -218,6 +218,20 @@ def _read_batch(file: Path) -> tuple[np.ndarray, float]:
         raise ValueError(f"{file} is damaged: delete it and start the same command again") from error
 
 
+def drawn_by(pipe: DiffusionPipeline, facts: dict) -> list:
+    """Return what decides the images of a call that gives prompts and seeds alone, for [`store_name`].
+
+    Args:
+        pipe (`DiffusionPipeline`): that draws.
+        facts (`dict`): what [`load_pipeline`] says of it.
+    """
+    scheduler, own = (
+        {name: value for name, value in config.items() if not name.startswith("_") and not isinstance(value, tuple)}
+        for config in (pipe.scheduler.config, pipe.config)
+    )
+    return [facts, type(pipe.scheduler).__name__, scheduler, own]
+
+
 def store_name(*request: object) -> str:
     """Return a folder name for images that were asked for so: equal only for equal requests (JSON values)."""
     return hashlib.sha256(json.dumps(request, default=str).encode()).hexdigest()[:16]

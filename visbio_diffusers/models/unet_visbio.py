@@ -20,6 +20,7 @@ from diffusers.utils.peft_utils import set_weights_and_activate_adapters
 from torch import nn
 
 from visbio_diffusers.models.attention_visbio import VisBioTextBlock, VisBioTransformerBlock
+from visbio_diffusers.models.channels_last import GroupNorm, pixel_shuffle
 from visbio_diffusers.models.lora_scales import layer_scales
 from visbio_diffusers.models.safetensors_mixin import SafetensorsMixin
 
@@ -32,10 +33,10 @@ class VisBioResnetBlock(nn.Module):
 
     def __init__(self, in_channels, out_channels, film_dim, norm_num_groups, dropout):
         super().__init__()
-        self.norm1 = nn.GroupNorm(norm_num_groups, in_channels, eps=1e-5)
+        self.norm1 = GroupNorm(norm_num_groups, in_channels, eps=1e-5)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.film = nn.Linear(film_dim, 2 * out_channels)
-        self.norm2 = nn.GroupNorm(norm_num_groups, out_channels, eps=1e-5)
+        self.norm2 = GroupNorm(norm_num_groups, out_channels, eps=1e-5)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
@@ -79,7 +80,7 @@ class VisBioUpBlock(nn.Module):
 
     def forward(self, hidden_states, skip, film, run):
         """Return (B, C, 2 H, 2 W) of the input and the encoder's state `skip`; `run` calls a residual block."""
-        hidden_states = torch.cat([F.pixel_shuffle(self.upsampler(hidden_states), 2), skip], dim=1)
+        hidden_states = torch.cat([pixel_shuffle(self.upsampler(hidden_states), 2), skip], dim=1)
         for resnet in self.resnets:
             hidden_states = run(resnet, hidden_states, film)
         return hidden_states
@@ -183,7 +184,7 @@ class VisBioUNet(SafetensorsMixin, ModelMixin, AttentionMixin, ConfigMixin, Peft
             dim, num_transformer_layers, heads, film_dim, use_cross_attention, mlp_ratio, dropout
         )
         self.up_blocks = nn.ModuleList(VisBioUpBlock(high, low, *shared) for low, high in reversed(stages))
-        self.conv_norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[0], eps=1e-5)
+        self.conv_norm_out = GroupNorm(norm_num_groups, block_out_channels[0], eps=1e-5)
         self.conv_out = nn.Conv2d(block_out_channels[0], out_channels, 3, padding=1)
 
         self.gradient_checkpointing = False

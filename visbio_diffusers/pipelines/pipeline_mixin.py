@@ -33,9 +33,12 @@ class VisBioPipelineMixin(SafetensorsMixin):
         tokenizer: PreTrainedTokenizerBase,
         num_inference_steps: int = 25,
         guidance_scale: float = 1.35,
+        timestep_spacing: str | None = None,
     ):
         super().__init__()
-        self.register_to_config(num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+        self.register_to_config(
+            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, timestep_spacing=timestep_spacing
+        )
         self.register_modules(unet=unet, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
         self._guidance_scale = 1.0

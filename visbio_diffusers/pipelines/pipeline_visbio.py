@@ -19,6 +19,7 @@ class VisBioPipeline(VisBioPipelineMixin, DiffusionPipeline, VisBioLoraLoaderMix
         text_encoder ([`~transformers.PreTrainedModel`]): any BERT whose hidden size is `unet`'s `cross_attention_dim`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): that encoder's tokenizer.
         num_inference_steps (`int`), guidance_scale (`float`): those of calls that name none.
+        timestep_spacing (`str`, *optional*): how steps are spread, see [`prepare_timesteps`].
 
     Example:
         ```py
@@ -122,7 +123,8 @@ class VisBioPipeline(VisBioPipelineMixin, DiffusionPipeline, VisBioLoraLoaderMix
         )
 
         # 3. Prepare timesteps
-        timesteps = prepare_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas)
+        spacing = self.config.timestep_spacing
+        timesteps = prepare_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas, spacing)
 
         # 4. Prepare latents: noise in pixel space, always float32, for multistep schedulers add up rounding errors
         latents = self.prepare_latents(
