@@ -12,7 +12,13 @@ from transformers import BertConfig, BertModel
 
 from visbio_diffusers import VisBioImg2ImgPipeline, VisBioPipeline
 from visbio_diffusers.load import load_pipeline
-from visbio_diffusers.pipelines.schedulers import SCHEDULERS, cosine_timesteps, prepare_timesteps, step_arguments
+from visbio_diffusers.pipelines.schedulers import (
+    COSINE_SPACED,
+    SCHEDULERS,
+    cosine_timesteps,
+    prepare_timesteps,
+    step_arguments,
+)
 from visbio_diffusers.text import encode_text
 
 
@@ -426,6 +432,12 @@ def test_cosine_timesteps(steps):
     assert prepare_timesteps(solver, steps, spacing="cosine").tolist() == found.tolist()
 
 
+@pytest.mark.parametrize("name", COSINE_SPACED)
+def test_cosine_spacing_recovers_mean_and_spread_of_a_gaussian(name):
+    mean, spread = _sampled(_scheduler(name), 25, spacing="cosine")
+    assert (mean, spread) == (pytest.approx(MEAN, abs=0.015), pytest.approx(SPREAD, rel=0.05))
+
+
 def test_more_cosine_timesteps_than_there_are():
     with pytest.raises(ValueError, match="`num_inference_steps` must be at most 1000, but is 1001"):
         prepare_timesteps(_scheduler("UniPCMultistepScheduler"), 1001, spacing="cosine")
@@ -459,7 +471,7 @@ def test_unipc_takes_custom_timesteps():
 
 
 def test_spacing_is_left_alone_where_it_cannot_be_set():
-    """DDIM takes no custom timesteps; what a call gives goes before what the pipeline keeps."""
+    """Others keep even steps; what a call gives goes before what the pipeline keeps."""
     ddim, even = _scheduler("DDIMScheduler"), _scheduler("DDIMScheduler")
     assert torch.equal(prepare_timesteps(ddim, 12, spacing="cosine"), prepare_timesteps(even, 12))
     solver = _scheduler("DPMSolverMultistepScheduler")

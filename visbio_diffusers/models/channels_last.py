@@ -19,11 +19,17 @@ class GroupNorm(nn.GroupNorm):
         """Normalise (B, C, H, W); statistics are in float32."""
         if not _is_kept(hidden_states):
             return super().forward(hidden_states)
-        grouped = hidden_states.permute(0, 2, 3, 1).unflatten(3, (self.num_groups, -1)).float()  # (B, H, W, G, C / G)
-        variance, mean = torch.var_mean(grouped, dim=(1, 2, 4), correction=0, keepdim=True)
-        normed = ((grouped - mean) * torch.rsqrt(variance + self.eps)).flatten(3)
-        normed = torch.addcmul(self.bias.float(), normed, self.weight.float())
-        return normed.to(hidden_states.dtype).permute(0, 3, 1, 2)
+        rows = hidden_states.permute(0, 2, 3, 1).float()  # (B, H, W, C)
+        variance, mean = torch.var_mean(rows, dim=(1, 2), correction=0)  # of channels, whose rows are read as they lie
+        variance, mean, weight, bias = (
+            each.unflatten(-1, (self.num_groups, -1))
+            for each in (variance, mean, self.weight.float(), self.bias.float())
+        )
+        between, mean = torch.var_mean(mean, dim=2, correction=0, keepdim=True)  # (B, G, 1)
+        scale = weight * torch.rsqrt(variance.mean(dim=2, keepdim=True) + between + self.eps)  # (B, G, C / G)
+        shift = bias - mean * scale
+        scale, shift = (each.flatten(1)[:, None, None] for each in (scale, shift))
+        return torch.addcmul(shift, rows, scale).to(hidden_states.dtype).permute(0, 3, 1, 2)
 
 
 def pixel_shuffle(images, factor):
@@ -32,6 +38,5 @@ def pixel_shuffle(images, factor):
         return F.pixel_shuffle(images, factor)
     height, width = images.shape[-2:]
     parts = images.permute(0, 2, 3, 1).unflatten(3, (-1, factor, factor))  # (B, H, W, C, f, f)
-    return (
-        parts.permute(0, 1, 4, 2, 5, 3).reshape(len(images), factor * height, factor * width, -1).permute(0, 3, 1, 2)
-    )
+    parts = parts.permute(0, 1, 4, 2, 5, 3)  # (B, H, f, W, f, C)
+    return parts.reshape(len(images), factor * height, factor * width, -1).permute(0, 3, 1, 2)

@@ -31,6 +31,7 @@ UNFIT_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigma
 # In the first step from zero terminal SNR DDIM takes the root of 1 - eta^2, times a positive number, that rounding can
 # bring below 0 at eta 1, depending on the processor: all pixels would be NaN.
 MAX_ETA = 1 - 1e-6
+COSINE_SPACED = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")  # with which it was measured
 COSINE_POWER = 3.5  # more crowds the steps more at the noisy end; 2 treats both ends alike
 MAX_INIT_SIGMA = 5000.0  # Euler at zero terminal SNR starts at 4096; second-order steps from 20,000 go astray
 
@@ -51,8 +52,8 @@ def prepare_timesteps(
         device (`torch.device`, *optional*): of the result.
         timesteps (`list[int]`, *optional*), sigmas (`list[float]`, *optional*): instead, one or the other, in
             descending order, where the scheduler takes them.
-        spacing (`str`, *optional*): "cosine" for [`cosine_timesteps`] where the scheduler takes custom ones; else, and
-            for None, evenly as the scheduler is set to.
+        spacing (`str`, *optional*): "cosine" for [`cosine_timesteps`] with a scheduler of `COSINE_SPACED`; otherwise
+            steps are even, as the scheduler is set to.
 
     Returns:
         `scheduler.timesteps`, descending.
@@ -74,7 +75,7 @@ def prepare_timesteps(
             raise ValueError(f"{name} takes no custom `{argument}`: use num_inference_steps")
     if spacing not in (None, "cosine"):
         raise ValueError(f'the timestep spacing of a pipeline is "cosine" or None, but is {spacing!r}')
-    if spacing and not custom and _takes(scheduler, "timesteps"):
+    if spacing and not custom and name in COSINE_SPACED:
         custom = {"timesteps": cosine_timesteps(num_inference_steps, scheduler.config.num_train_timesteps)}
     if "timesteps" in custom and isinstance(scheduler, UniPCMultistepScheduler):
         _set_unipc_timesteps(scheduler, custom["timesteps"], device)
