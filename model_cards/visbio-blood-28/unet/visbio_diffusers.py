@@ -3,6 +3,7 @@
 Made by the package from its own sources; change those instead. Apache-2.0.
 
 visbio_diffusers/models/attention_visbio.py
+visbio_diffusers/models/channels_last.py
 visbio_diffusers/models/lora_scales.py
 visbio_diffusers/models/safetensors_mixin.py
 visbio_diffusers/models/unet_visbio.py
@@ -170,6 +171,30 @@ class VisBioMidBlock(nn.Module, CacheMixin):
         self.norm_out = nn.LayerNorm(dim, eps=1e-6)
 
 
+def _is_kept(images):
+    return torch.compiler.is_compiling() and images.is_contiguous(memory_format=torch.channels_last)
+
+
+class GroupNorm(nn.GroupNorm):
+    """`torch.nn.GroupNorm`, affine; compiled for channels-last images it keeps their layout and dtype."""
+
+    def forward(self, hidden_states):
+        """Normalise (B, C, H, W); statistics are in float32."""
+        if not _is_kept(hidden_states):
+            return super().forward(hidden_states)
+        rows = hidden_states.permute(0, 2, 3, 1).float()  # (B, H, W, C)
+        variance, mean = torch.var_mean(rows, dim=(1, 2), correction=0)  # of channels, whose rows are read as they lie
+        variance, mean, weight, bias = (
+            each.unflatten(-1, (self.num_groups, -1))
+            for each in (variance, mean, self.weight.float(), self.bias.float())
+        )
+        between, mean = torch.var_mean(mean, dim=2, correction=0, keepdim=True)  # (B, G, 1)
+        scale = weight * torch.rsqrt(variance.mean(dim=2, keepdim=True) + between + self.eps)  # (B, G, C / G)
+        shift = bias - mean * scale
+        scale, shift = (each.flatten(1)[:, None, None] for each in (scale, shift))
+        return torch.addcmul(shift, rows, scale).to(hidden_states.dtype).permute(0, 3, 1, 2)
+
+
 def sinusoidal_positions(height, width, dim, device, dtype):
     """Return fixed 2-D positions (1, height * width, dim): half of the channels for rows, half for columns.
 
@@ -265,10 +290,10 @@ class VisBioResnetBlock(nn.Module):
 
     def __init__(self, in_channels, out_channels, film_dim, norm_num_groups, dropout):
         super().__init__()
-        self.norm1 = nn.GroupNorm(norm_num_groups, in_channels, eps=1e-5)
+        self.norm1 = GroupNorm(norm_num_groups, in_channels, eps=1e-5)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.film = nn.Linear(film_dim, 2 * out_channels)
-        self.norm2 = nn.GroupNorm(norm_num_groups, out_channels, eps=1e-5)
+        self.norm2 = GroupNorm(norm_num_groups, out_channels, eps=1e-5)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
@@ -299,6 +324,16 @@ class VisBioDownBlock(nn.Module):
         return self.downsampler(hidden_states), hidden_states
 
 
+def pixel_shuffle(images, factor):
+    """Turn (B, C * factor^2, H, W) into (B, C, factor * H, factor * W), as `torch.nn.functional.pixel_shuffle`."""
+    if not _is_kept(images):
+        return F.pixel_shuffle(images, factor)
+    height, width = images.shape[-2:]
+    parts = images.permute(0, 2, 3, 1).unflatten(3, (-1, factor, factor))  # (B, H, W, C, f, f)
+    parts = parts.permute(0, 1, 4, 2, 5, 3)  # (B, H, f, W, f, C)
+    return parts.reshape(len(images), factor * height, factor * width, -1).permute(0, 3, 1, 2)
+
+
 class VisBioUpBlock(nn.Module):
     """Upsample by two (1x1 convolution and pixel shuffle), join the long skip, then residual blocks."""
 
@@ -312,7 +347,7 @@ class VisBioUpBlock(nn.Module):
 
     def forward(self, hidden_states, skip, film, run):
         """Return (B, C, 2 H, 2 W) of the input and the encoder's state `skip`; `run` calls a residual block."""
-        hidden_states = torch.cat([F.pixel_shuffle(self.upsampler(hidden_states), 2), skip], dim=1)
+        hidden_states = torch.cat([pixel_shuffle(self.upsampler(hidden_states), 2), skip], dim=1)
         for resnet in self.resnets:
             hidden_states = run(resnet, hidden_states, film)
         return hidden_states
@@ -395,7 +430,7 @@ class VisBioUNet(SafetensorsMixin, ModelMixin, AttentionMixin, ConfigMixin, Peft
             dim, num_transformer_layers, heads, film_dim, use_cross_attention, mlp_ratio, dropout
         )
         self.up_blocks = nn.ModuleList(VisBioUpBlock(high, low, *shared) for low, high in reversed(stages))
-        self.conv_norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[0], eps=1e-5)
+        self.conv_norm_out = GroupNorm(norm_num_groups, block_out_channels[0], eps=1e-5)
         self.conv_out = nn.Conv2d(block_out_channels[0], out_channels, 3, padding=1)
 
         self.gradient_checkpointing = False
