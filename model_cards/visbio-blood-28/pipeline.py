@@ -541,7 +541,7 @@ def cosine_timesteps(num_inference_steps: int, num_train_timesteps: int = 1000) 
     """Return timesteps that lie closest where there is nearly nothing but noise, and closer where there is little.
 
     The i-th of n is (T - 1) (1 - cos(pi / 2 (1 - i / n))^3.5), or the next that is not taken yet. Twelve such steps of
-    UniPC draw about as well as 25 even ones (model_cards/EXPERIMENTS.md).
+    UniPC come nearer to real images than twelve even ones (model_cards/EXPERIMENTS.md).
 
     Raises:
         ValueError: for more steps than there are timesteps.

@@ -112,7 +112,7 @@ class Models:
         check_choice("LoRA", adapter, self.adapters)
         check_choice("scheduler", scheduler, list(SCHEDULERS))
         check_number("LoRA scale", scale, 0, MAX_SCALE)
-        chosen = dict(self.defaults)
+        chosen = {}
         if steps is not None:
             check_whole("steps", steps, 1, MAX_STEPS)
             chosen["num_inference_steps"] = int(steps)
